@@ -1,0 +1,115 @@
+"""What serving costs beyond computing: CPU time of the whole server process per Classify of one image of raw pixels.
+
+    python -m benchmarks.overhead
+
+Three figures are taken in turns, several times over: a Phalanx server (calls one after the other, batcher on, full
+disclosure); the bare graph, run in a loop in this process with the same session settings; and a bare gRPC server that
+parses the same message and sends it back. Printed is (server - graph) / echo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks import echo
+from benchmarks.serving import await_serving, image_shape, phalanx, provenance, random_images, request, simple
+from models.bundle import read_bundle
+from models.masks import draw_masks
+from service.config import ServiceConfig
+from service.engine import open_session
+from service.ensembles import compose_named
+from service.graph_cache import GraphCache
+from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+
+SLICE = 100  # calls; the clock of another process ticks every 10 ms, so not many fewer
+
+Call = Callable[[], object]
+Clock = Callable[[], float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser.add_argument("--calls", type=int, default=2000, help="calls per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    config = yaml.safe_load(given.config.read_text()) if given.config else {}
+    print(f"{given.rounds} rounds of {given.calls} calls, one image of raw pixels each, seed 0; {provenance()}")
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        phalanx(config, Path(folder)) as server,
+        simple(echo.__name__) as bare,
+    ):
+        await_serving(server)
+        shape = image_shape(server)
+        image = random_images(1, shape)
+        message = request(image)
+        graph = bare_graph(config, Path(folder), image)
+        with server.channel() as to_server, bare.channel() as to_bare:
+            classify = pb_grpc.DefenseEnsembleStub(to_server).Classify
+            bounce = to_bare.unary_unary(echo.METHOD, pb.ClassifyRequest.SerializeToString, pb.ClassifyRequest.FromString)
+            bounce(message, wait_for_ready=True)
+            measured = {
+                "server": (lambda: classify(message), lambda: server.cpu_seconds),
+                "graph": (graph, time.process_time),
+                "echo": (lambda: bounce(message), lambda: bare.cpu_seconds),
+            }
+            rounds = [per_call(measured, given.calls) for _ in range(given.rounds + 1)][1:]  # the first warms up
+    report(rounds, len(message.SerializeToString()))
+
+
+def bare_graph(config: Mapping[str, Any], cache: Path, image: np.ndarray[Any, np.dtype[np.uint8]]) -> Callable[[], object]:
+    """One run of the default ensemble's graph, without anything around it."""
+    settings = ServiceConfig.model_validate(config)
+    bundle = read_bundle(settings.bundle_path, weights=False)
+    ensemble = compose_named(bundle, settings, next(iter(settings.ensembles)))
+    session = open_session(GraphCache(cache).fused(bundle, ensemble), settings.device)
+    feeds: dict[str, Any] = {"image": image}
+    for name in ensemble.members:
+        if (spec := bundle.manifest.member(name).stochastic) is not None:
+            feeds["masks"] = draw_masks(bundle.manifest.masks.seed, spec.samples, spec.width, spec.keep)
+    return lambda: session.run(None, feeds)
+
+
+def per_call(measured: Mapping[str, tuple[Call, Clock]], calls: int) -> dict[str, float]:
+    """CPU time of each in microseconds, over slices of calls in turns: what else the machine does meets all of them alike."""
+    spent = dict.fromkeys(measured, 0.0)
+    for _ in range(calls // SLICE):
+        for name, (call, cpu_seconds) in measured.items():
+            before = cpu_seconds()
+            for _ in range(SLICE):
+                call()
+            spent[name] += cpu_seconds() - before
+    return {name: seconds / (calls // SLICE * SLICE) * 1e6 for name, seconds in spent.items()}
+
+
+def report(rounds: list[dict[str, float]], message_bytes: int) -> None:
+    print(f"CPU time per call in microseconds, mean +- standard deviation over rounds; message of {message_bytes} bytes")
+    for name, what in (
+        ("server", "phalanx serve, whole process"),
+        ("graph", "the bare graph"),
+        ("echo", "bare gRPC echo server, whole process"),
+    ):
+        print(f"  {what:38} {spread([each[name] for each in rounds])}")
+    print(f"  {'beyond the graph':38} {spread([each['server'] - each['graph'] for each in rounds])}")
+    ratios = [(each["server"] - each["graph"]) / each["echo"] for each in rounds]
+    print(f"  (server - graph) / echo: {statistics.mean(ratios):.2f} +- {statistics.pstdev(ratios):.2f} (at most 2)")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):7.0f} +- {statistics.pstdev(values):.0f}"
+
+
+if __name__ == "__main__":
+    main()

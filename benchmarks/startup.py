@@ -1,0 +1,81 @@
+"""How long a second start takes until the health service says SERVING, and how much memory serving takes.
+
+    python -m benchmarks.startup
+
+For one ensemble (what the README's configuration has) and for four: a first start fills a cache of fused graphs in an
+empty folder; the starts after it are timed, from before the process exists. The last one answers 1,000 calls of one
+image and ten of 64, and then its resident memory is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, request
+from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+
+FOUR: dict[str, Any] = {
+    "full": {},
+    "no-edge": {"without": ["edge"]},
+    "votes-only": {"detectors": []},
+    "hard-vote": {"rule": "majority"},
+}
+SINGLE_CALLS, BATCHES, BATCH = 1000, 10, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser.add_argument("--starts", type=int, default=5, help="starts that are timed, after the first")
+    given = parser.parse_args()
+    config = yaml.safe_load(given.config.read_text()) if given.config else {}
+    print(f"{given.starts} starts after the first; {provenance()}")
+    for title, ensembles, seconds, megabytes in (
+        ("one ensemble", {"full": {}}, 3, 300),
+        ("four ensembles", FOUR, 5, 450),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            first, later, idle, used = measure(config | {"ensembles": ensembles}, Path(folder), given.starts)
+        spread = f"{statistics.mean(later):.2f} +- {statistics.pstdev(later):.2f} s"
+        print(f"{title}, {SINGLE_CALLS} single calls to the first, {BATCHES} batches of {BATCH} to each")
+        print(f"  first start {first:.2f} s, later ones {spread} (at most {seconds})")
+        print(f"  resident when SERVING {idle:.0f} MB, after the calls {used:.0f} MB (at most {megabytes})")
+
+
+def measure(config: dict[str, Any], cache: Path, starts: int) -> tuple[float, list[float], float, float]:
+    times: list[float] = []
+    idle = used = 0.0
+    for start in range(starts + 1):
+        began = time.perf_counter()
+        with phalanx(config, cache) as server:
+            await_serving(server)
+            times.append(time.perf_counter() - began)
+            if start == starts:
+                idle = server.resident_megabytes
+                use(server, list(config["ensembles"]))
+                used = server.resident_megabytes
+    return times[0], times[1:], idle, used
+
+
+def use(server: Process, ensembles: list[str]) -> None:
+    shape = image_shape(server)
+    with server.channel() as channel:
+        classify = pb_grpc.DefenseEnsembleStub(channel).Classify
+        single = request(random_images(1, shape))
+        for _ in range(SINGLE_CALLS):
+            classify(single)
+        for ensemble in ensembles:
+            batch = request(random_images(BATCH, shape), ensemble)
+            for _ in range(BATCHES):
+                assert len(classify(batch).results) == BATCH
+
+
+if __name__ == "__main__":
+    main()

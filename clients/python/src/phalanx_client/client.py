@@ -1,0 +1,122 @@
+"""The client: one connection, four calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Self
+
+import grpc
+
+from phalanx_client import answers, errors
+from phalanx_client.answers import Answer, Disclosure, Ensemble, StreamAnswer
+from phalanx_client.images import ImageLike, to_message
+from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+
+TIMEOUT = 30.0  # seconds: a call without a deadline can wait for ever
+# As large as a server's answers may get: some hundred images with all their evidence, over many classes.
+OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
+
+
+class Client:
+    """A connection to one server, opened when first used; safe to share between threads.
+
+    with Client("127.0.0.1:50051") as client:
+        for result in client.classify("forest.png", "river.png").results:
+            print(result)
+
+    `credentials` are grpcio's, as `grpc.ssl_channel_credentials()` makes them; without them the connection is plain
+    text.  Every call raises PhalanxError where it fails as a whole; an image that cannot be classified is an ImageError
+    among the results.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Iterable[tuple[str, str | int]] = (),
+    ) -> None:
+        settings = [*OPTIONS, *options]
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, settings)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, settings)
+        self._stub = pb_grpc.DefenseEnsembleStub(self._channel)
+
+    def classify(
+        self,
+        *images: ImageLike,
+        ensemble: str = "",
+        disclosure: Disclosure = Disclosure.UNSPECIFIED,
+        timeout: float | None = TIMEOUT,
+    ) -> Answer:
+        """Classify images together: paths, the bytes of image files, or RawPixels.  Ensemble "" is the default."""
+        request = pb.ClassifyRequest(
+            ensemble=ensemble, images=map(to_message, images), disclosure=pb.Disclosure.ValueType(disclosure)
+        )
+        try:
+            return answers.answer(self._stub.Classify(request, timeout=timeout))
+        except grpc.RpcError as error:
+            raise errors.from_call(error) from None
+
+    def classify_stream(
+        self,
+        images: Iterable[tuple[str, ImageLike]],
+        *,
+        ensemble: str = "",
+        disclosure: Disclosure = Disclosure.UNSPECIFIED,
+        timeout: float | None = None,
+    ) -> Iterator[StreamAnswer]:
+        """Classify images as they come: pairs of an id of the caller's and an image; answers keep their order.
+
+        `images` is read in a thread of grpcio's.  What it raises (a file that is not there) ends the stream and is
+        raised here.
+        """
+        broken: list[Exception] = []
+
+        def requests() -> Iterator[pb.ClassifyStreamRequest]:
+            try:
+                for name, image in images:
+                    yield pb.ClassifyStreamRequest(
+                        id=name,
+                        ensemble=ensemble,
+                        image=to_message(image),
+                        disclosure=pb.Disclosure.ValueType(disclosure),
+                    )
+            except Exception as error:
+                broken.append(error)
+                call.cancel()
+
+        call = self._stub.ClassifyStream(requests(), timeout=timeout)
+        try:
+            for message in call:
+                yield answers.stream_answer(message)
+        except grpc.RpcError as error:
+            raise (broken[0] if broken else errors.from_call(error)) from None
+        finally:
+            call.cancel()  # a caller who stops early leaves no stream behind; after the end this does nothing
+
+    def list_ensembles(self, *, timeout: float | None = TIMEOUT) -> tuple[Ensemble, ...]:
+        """Everything the server answers for; its default comes first."""
+        try:
+            response = self._stub.ListEnsembles(pb.ListEnsemblesRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise errors.from_call(error) from None
+        return tuple(answers.ensemble(message) for message in response.ensembles)
+
+    def get_ensemble(self, ensemble: str = "", *, timeout: float | None = TIMEOUT) -> Ensemble:
+        try:
+            response = self._stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout)
+        except grpc.RpcError as error:
+            raise errors.from_call(error) from None
+        return answers.ensemble(response.ensemble)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,171 @@
+"""The `phalanx` command.  A subcommand is imported only when it is called: --help should not load ONNX Runtime."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+
+DESCRIPTION = """\
+What is this image, and is somebody trying to fool us?
+
+Phalanx answers with a class, a verdict (clean, suspect, rejected) and the
+evidence: every member's vote and every detector's score."""
+
+EPILOG = """\
+a first look:
+  phalanx serve                       serve the bundle that ships with Phalanx
+  phalanx classify tile.png           in another terminal: ask the server
+  phalanx classify --json *.png | jq  the same for programs
+
+then:
+  phalanx inspect BUNDLE              what is in a bundle; verifies every hash
+  phalanx calibrate BUNDLE FOLDER -o NEW
+                                      p-values from your own clean images
+
+`phalanx COMMAND --help` says more about each."""
+
+SERVE = """\
+Serve a bundle over gRPC: phalanx.v1.DefenseEnsemble, the Open Inference
+Protocol, health and reflection; Prometheus metrics on a port of their own.
+
+Without a configuration the bundle that ships with Phalanx is served on
+127.0.0.1:50051, metrics on 127.0.0.1:9100."""
+
+SERVE_EPILOG = """\
+a configuration (every key has a default; paths are relative to the file):
+  bundle: models/bundles/eurosat
+  listen: 127.0.0.1:50051        # a public address needs TLS, or insecure: true
+  metrics: 127.0.0.1:9100        # or off
+  ensembles:                     # the first is the default
+    full: {}
+    no-edge: {without: [edge]}
+    votes-only: {detectors: []}
+    hard-vote: {rule: majority}
+  decision: {review_rate: 0.05, reject_rate: 0.01}
+  batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
+  device: {provider: auto, strict: false}
+  limits: {disclosure: evidence} # or label, verdict, probabilities
+
+environment variables go over the file, the options here over both:
+  PHALANX_LISTEN=127.0.0.1:50052
+  PHALANX_BATCHING__MAX_DELAY_MS=5
+  PHALANX_ENSEMBLES='{full: {}, no-edge: {without: [edge]}}'
+
+SIGTERM drains: health says NOT_SERVING, accepted calls are answered, then the
+server stops. A second signal stops it at once."""
+
+
+@dataclass(frozen=True)
+class Command:
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    description: str = ""
+    epilog: str = ""
+
+
+def _serve() -> Command:
+    return Command(_serve_arguments, _run_serve, SERVE, SERVE_EPILOG)
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="a YAML file (or PHALANX_CONFIG)")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="the bundle to serve")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where gRPC listens; port 0 takes a free one")
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus scrapes, or `off`")
+    parser.add_argument("--check", action="store_true", help="check the configuration and stop")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log details")
+
+
+def _run_serve(args: argparse.Namespace) -> int:
+    from service.config import InvalidConfig, load_config
+
+    overrides = {"bundle": args.bundle, "listen": args.listen, "metrics": args.metrics}
+    try:
+        config = load_config(args.config, overrides=overrides)
+    except InvalidConfig as error:
+        return _refused("serve", error)
+    if args.check:
+        print(f"the configuration is valid: {', '.join(config.ensembles)} over {config.bundle_path}")
+        return 0
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+    from models.bundle import InvalidBundle
+    from models.composition import InvalidEnsemble
+    from service.engine import ProviderUnavailable
+    from service.server import CannotListen, serve
+
+    try:
+        serve(config)
+    except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable) as error:
+        return _refused("serve", error)
+    return 0
+
+
+def _refused(command: str, error: Exception) -> int:
+    for line in str(error).splitlines():
+        print(f"phalanx {command}: {line}", file=sys.stderr)
+    return 1
+
+
+def _classify() -> Command:
+    from service import classify
+
+    return Command(classify.add_arguments, classify.run, classify.DESCRIPTION, classify.EPILOG)
+
+
+def _inspect() -> Command:
+    from service import inspect
+
+    return Command(inspect.add_arguments, inspect.run, inspect.__doc__ or "")
+
+
+def _calibrate() -> Command:
+    from service import calibrate
+
+    return Command(calibrate.add_arguments, calibrate.run, calibrate.__doc__ or "")
+
+
+COMMANDS: Mapping[str, tuple[str, Callable[[], Command]]] = MappingProxyType(
+    {
+        "serve": ("serve a bundle over gRPC", _serve),
+        "classify": ("ask a server about image files", _classify),
+        "inspect": ("print a bundle and verify every hash", _inspect),
+        "calibrate": ("take p-values from your own clean images", _calibrate),
+    }
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("phalanx", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
+    parser.add_argument("--version", action="version", version=f"phalanx {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    commands: dict[str, Command] = {}
+    for name, (summary, load) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=plain)
+        if name == called:
+            commands[name] = command = load()
+            subparser.description, subparser.epilog = command.description, command.epilog
+            command.add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    return commands[args.command].run(args)
+
+
+def _version() -> str:
+    try:
+        return version("phalanx-ensemble")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What an operator writes: a YAML file, with environment variables over it.  Every key has a default; no file at all
+serves the bundle that ships with Phalanx on the loopback address.
+
+    PHALANX_CONFIG=phalanx.yaml                    the file, as --config
+    PHALANX_LISTEN=127.0.0.1:50052                 a key
+    PHALANX_BATCHING__MAX_DELAY_MS=5               a nested key: two underscores between the levels
+    PHALANX_ENSEMBLES__NO_EDGE__WITHOUT='[edge]'   a list or a mapping is written as YAML; NO_EDGE finds `no-edge`
+
+This is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from models.ensemble import RuleName
+from service.config_source import ConfigSource, InvalidConfig, read_source, with_environment
+
+__all__ = [
+    "Address",
+    "BatchingConfig",
+    "DecisionConfig",
+    "DeviceConfig",
+    "Disclosure",
+    "EnsembleConfig",
+    "InvalidConfig",
+    "LimitsConfig",
+    "ServiceConfig",
+    "ShutdownConfig",
+    "TlsConfig",
+    "load_config",
+]
+
+ENSEMBLE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Disclosure(IntEnum):
+    """How much of an answer leaves the server: each level holds the ones above it.  The numbers are the proto's."""
+
+    LABEL = 1  # the class and nothing else
+    VERDICT = 2  # and whether to trust it: what a decision-based attack sees
+    PROBABILITIES = 3  # and confidence, probabilities, combined p-value: what a score-based attack sees
+    EVIDENCE = 4  # and every vote and every detector
+
+
+@dataclass(frozen=True)
+class Address:
+    """host:port, an IPv6 host in brackets; port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name: where it leads is not ours to guess
+            return False
+
+
+def _address(value: object) -> object:
+    if isinstance(value, Address):
+        return value
+    host, separator, port = str(value).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not separator or not host or not port.isdigit() or int(port) > 65535 or (":" in host and "[" not in str(value)):
+        raise ValueError(f"expected host:port such as 127.0.0.1:50051 or [::1]:50051, got {str(value)!r}")
+    return Address(host, int(port))
+
+
+def _switched_off(value: object) -> object:
+    """`metrics: off` is the boolean False in YAML, and the string "off" in an environment variable."""
+    return None if value is False or value in ("", "off", "null") else _address(value)
+
+
+def _disclosure(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return Disclosure[value.upper()]
+        except KeyError:
+            expected = ", ".join(level.name.lower() for level in Disclosure)
+            raise ValueError(f"expected one of {expected}, got {value!r}") from None
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class TlsConfig(_Section):
+    """PEM files of the server's certificate chain and of its private key."""
+
+    certificate: Path
+    key: Path
+
+
+class EnsembleConfig(_Section):
+    """One named choice over the bundle; what is left out is chosen as the bundle recommends."""
+
+    without: tuple[str, ...] = ()  # members that are absent from the graph
+    roles: Mapping[str, tuple[Literal["classifier", "detector"], ...]] = {}
+    rule: RuleName | None = None
+    detectors: tuple[str, ...] | None = None
+    review_rate: float | None = Field(None, gt=0, lt=1)  # None: that of `decision`
+    reject_rate: float | None = Field(None, gt=0, lt=1)
+    masks: Literal["fixed", "fresh"] = "fixed"
+
+
+class DecisionConfig(_Section):
+    review_rate: float = Field(0.05, gt=0, lt=1)
+    reject_rate: float = Field(0.01, gt=0, lt=1)
+
+
+class BatchingConfig(_Section):
+    max_batch_size: int = Field(64, ge=1, le=4096)
+    max_delay_ms: float = Field(2.0, ge=0, le=1000)
+    max_queue: int = Field(1024, ge=1)  # images waiting, per ensemble
+
+
+class DeviceConfig(_Section):
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    strict: bool = False  # refuse to start where the wanted provider is not to be had
+    threads: int = Field(0, ge=0)  # compute threads per ensemble; 0: chosen from the cores
+
+
+class LimitsConfig(_Section):
+    disclosure: Annotated[Disclosure, BeforeValidator(_disclosure)] = Disclosure.EVIDENCE
+    max_images_per_request: int = Field(256, ge=1)
+    max_message_bytes: int = Field(16 * 2**20, ge=1024)
+    max_image_pixels: int = Field(4096 * 4096, ge=1)  # of one encoded image, read from its header
+    max_request_pixels: int = Field(4 * 4096 * 4096, ge=1)  # of all encoded images of a request: decoding costs CPU
+    max_concurrent_calls: int = Field(128, ge=1)  # a thread each, started when needed
+    max_connection_age_seconds: float | None = Field(None, gt=0)  # lets a load balancer spread long-lived connections
+
+
+class ShutdownConfig(_Section):
+    notice_seconds: float = Field(0.5, ge=0)  # NOT_SERVING, still answering: time for load balancers to look away
+    drain_seconds: float = Field(20.0, ge=0)  # for calls already accepted
+
+
+class ServiceConfig(_Section):
+    bundle: Path | None = None  # None: the bundle that ships with Phalanx
+    listen: Annotated[Address, BeforeValidator(_address)] = Address("127.0.0.1", 50051)
+    metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
+    insecure: bool = False
+    tls: TlsConfig | None = None
+    ensembles: Mapping[Annotated[str, Field(pattern=ENSEMBLE_NAME)], EnsembleConfig] = Field(
+        {"full": EnsembleConfig()}, min_length=1
+    )
+    decision: DecisionConfig = DecisionConfig()
+    batching: BatchingConfig = BatchingConfig()
+    device: DeviceConfig = DeviceConfig()
+    limits: LimitsConfig = LimitsConfig()
+    shutdown: ShutdownConfig = ShutdownConfig()
+
+    @model_validator(mode="after")
+    def _no_plain_text_in_public(self) -> Self:
+        for key, address in (("listen", self.listen), ("metrics", self.metrics)):
+            if address is not None and not address.loopback and self.tls is None and not self.insecure:
+                raise ValueError(
+                    f"`{key}: {address}` is reachable from other machines, without encryption: "
+                    f"set `tls: {{certificate: FILE, key: FILE}}`, or say `insecure: true`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reject_within_review(self) -> Self:
+        for name in self.ensembles:
+            rates = self.rates(name)
+            if rates.reject_rate > rates.review_rate:
+                raise ValueError(
+                    f"ensemble `{name}`: reject_rate {rates.reject_rate} is above review_rate {rates.review_rate}; "
+                    f"what is rejected is a part of what is reviewed"
+                )
+        return self
+
+    @property
+    def bundle_path(self) -> Path:
+        """The bundle's folder; the one that ships with Phalanx where none is named."""
+        return self.bundle if self.bundle is not None else Path(str(files("models"))) / "bundles" / "eurosat"
+
+    def rates(self, ensemble: str) -> DecisionConfig:
+        """The decision levels of one ensemble: its own over those of `decision`."""
+        own = self.ensembles[ensemble]
+        return DecisionConfig(
+            review_rate=self.decision.review_rate if own.review_rate is None else own.review_rate,
+            reject_rate=self.decision.reject_rate if own.reject_rate is None else own.reject_rate,
+        )
+
+
+def load_config(
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ServiceConfig:
+    """The file, the environment over it, and the command line's `overrides` over both.
+
+    Raises InvalidConfig with one line per mistake: where it stands, what was expected, what came.
+    """
+    environment = os.environ if environment is None else environment
+    named = environment.get("PHALANX_CONFIG")
+    if path is None and named:
+        path = Path(named)
+    source = read_source(path) if path is not None else ConfigSource.empty()
+    source = with_environment(source, environment, ServiceConfig)
+    values = {**source.values, **{key: value for key, value in (overrides or {}).items() if value is not None}}
+    try:
+        config = ServiceConfig.model_validate(values)
+    except ValidationError as error:
+        raise InvalidConfig(source.explain(error, ServiceConfig)) from None
+    return config

@@ -1,0 +1,163 @@
+"""One ensemble's fused graph in an ONNX Runtime session, on the device asked for, tested before it answers anybody."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, InvalidBundle, MemberManifest, StochasticSpec, expected_outputs
+from models.ensemble import Decision, Ensemble
+from models.masks import draw_masks
+from models.member_session import onnx_member
+from service.config import DeviceConfig
+
+log = logging.getLogger(__name__)
+
+Images = NDArray[np.uint8]  # (n, height, width, channels)
+Floats = NDArray[np.float32]
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+TOLERANCE = 1e-3  # of a probability: back ends differ by far less, another model by far more
+_COLUMNS = [column.name for column in fields(Decision)]
+
+
+class ProviderUnavailable(RuntimeError):
+    """The session does not run on the device that was asked for, and `strict` says that no other will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What an engine answers for a batch; `masks_seed` is None where no member is stochastic."""
+
+    decision: Decision
+    masks_seed: int | None
+
+
+class Engine:
+    """Classifies batches of images. Safe to share between threads, though one batcher is its only caller."""
+
+    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig) -> None:
+        """`graph` is the fused graph of `ensemble` over `bundle`.
+
+        Raises ProviderUnavailable, or InvalidBundle where the self-test fails.
+        """
+        manifest = bundle.manifest
+        self.input_shape = manifest.input.shape  # (height, width, channels)
+        self._session = open_session(graph, device)
+        self.provider: str = self._session.get_providers()[0]
+        _check_provider(self.provider, device)
+        stochastic = (manifest.member(name).stochastic for name in ensemble.members)
+        self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
+        self._masks_seed = manifest.masks.seed
+        self._fixed = self._draw(self._masks_seed)
+        self._fresh = ensemble.masks == "fresh"
+        _self_test(self, bundle, ensemble)
+
+    def run(self, images: Images, masks_seed: int | None = None) -> Run:
+        """Classify images (n, h, w, c) in one run; the `masks_seed` of an earlier answer repeats that answer."""
+        if self._masks_spec is None:
+            return Run(Decision(*self._session.run(_COLUMNS, {"image": images})), None)
+        if masks_seed is None and self._fresh:
+            masks_seed = secrets.randbits(63)  # not to be foreseen by whoever crafts an image
+        masks = self._fixed if masks_seed is None else self._draw(masks_seed)
+        outputs = self._session.run(_COLUMNS, {"image": images, "masks": masks})
+        return Run(Decision(*outputs), self._masks_seed if masks_seed is None else masks_seed)
+
+    def run_fixed(self, images: Images) -> Decision:
+        """With the bundle's own masks, whatever the mode."""
+        return self.run(images, self._masks_seed).decision
+
+    def _draw(self, seed: int) -> Floats | None:
+        spec = self._masks_spec
+        return draw_masks(seed, spec.samples, spec.width, spec.keep) if spec else None
+
+
+def cores() -> int:
+    """The processors this process may use: those it is bound to, within its cgroup's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(bound, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup, or the quota is `max`
+        return bound
+
+
+def open_session(graph: bytes, device: DeviceConfig) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = device.threads or cores()
+    options.inter_op_num_threads = 1
+    # Threads that wait in a busy loop take their core from the next session, and from the handlers.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # An arena keeps the memory of its largest batch for good, the pattern planner plans it larger still: 86 MB for a session
+    # that has seen one batch of 64, against 3% of that batch's time. malloc gives it back.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    providers: list[Any] = [CPU]
+    if _wants_cuda(device):
+        ort.preload_dlls()  # the libraries of the extra `cuda`
+        # EXHAUSTIVE, the default, tries every algorithm again for each new batch size
+        providers.insert(0, (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
+    return ort.InferenceSession(graph, options, providers=providers)
+
+
+def _wants_cuda(device: DeviceConfig) -> bool:
+    """`auto` is CUDA where there is an NVIDIA device: ONNX Runtime lists CUDA as available on any machine."""
+    present = any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg"))
+    if device.provider == "auto":
+        return present and CUDA in ort.get_available_providers()
+    return device.provider == "cuda"
+
+
+def _check_provider(provider: str, device: DeviceConfig) -> None:
+    """A CUDA session that could not be had is a CPU session without a word: only the session itself knows."""
+    if not _wants_cuda(device) or provider == CUDA:
+        return
+    sentence = f"expected a session on {CUDA} (device.provider is {device.provider}), got one on {provider}"
+    if device.strict:
+        raise ProviderUnavailable(f"{sentence}; device.strict is true")
+    log.warning("%s: this will be slow", sentence)
+
+
+def _self_test(engine: Engine, bundle: Bundle, ensemble: Ensemble) -> None:
+    """Every member present must answer the bundle's samples as it did when the bundle was made."""
+    decision = engine.run_fixed(bundle.samples.images)
+    temperature = {voter.name: voter.temperature for voter in ensemble.voters}
+    for name in ensemble.members:
+        member, expected = bundle.manifest.member(name), bundle.samples.expected[name]
+        if name in temperature:
+            votes = decision.votes[:, [voter.name for voter in ensemble.voters].index(name)]  # (m, K)
+            _compare(name, votes, _softmax(expected / temperature[name]))
+        else:  # only a detector listens: its logits leave the graph as a score, so it is run on its own
+            _compare(name, _softmax(_alone(bundle, member)), _softmax(expected))
+
+
+def _alone(bundle: Bundle, member: MemberManifest) -> Floats:
+    """A member's own answers to the samples, (m, K)."""
+    alone = onnx_member(member.onnx.file, bundle.onnx_bytes[member.name], member.stochastic)
+    return expected_outputs({member.name: alone}, bundle.samples.images, bundle.manifest.masks.seed)[member.name]
+
+
+def _compare(member: str, got: Floats, expected: Floats) -> None:
+    wrong = ~(np.abs(got - expected) <= TOLERANCE).all(axis=1)  # (m,); a NaN is wrong
+    if wrong.any():
+        image = int(wrong.argmax())
+        shown = ", ".join(f"{row[image].argmax()} with {row[image].max():.4f}" for row in (expected, got))
+        raise InvalidBundle(
+            f"self-test: member {member}, sample image {image}: expected class {shown.replace(', ', ', got ', 1)}; "
+            f"{int(wrong.sum())} of {len(wrong)} images differ by more than {TOLERANCE:g}"
+        )
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+    powers /= powers.sum(axis=1, keepdims=True)
+    return powers

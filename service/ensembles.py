@@ -1,0 +1,120 @@
+"""Everything a server answers for: each named ensemble of the config, loaded, tested and ready, over one bundle."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Self
+
+from models.bundle import Bundle, read_bundle
+from models.composition import EnsembleChoice, compose
+from models.ensemble import Ensemble
+from service.batcher import Batcher
+from service.config import ServiceConfig
+from service.engine import Engine
+from service.graph_cache import GraphCache, user_cache
+from service.metrics import EnsembleMetrics, Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedEnsemble:
+    """One name a caller may ask for."""
+
+    name: str
+    ensemble: Ensemble
+    engine: Engine
+    batcher: Batcher
+    metrics: EnsembleMetrics
+
+
+class Ensembles(Mapping[str, LoadedEnsemble]):
+    """By name, in the order of the config; the first is the default."""
+
+    def __init__(self, bundle: Bundle, loaded: Mapping[str, LoadedEnsemble]) -> None:
+        self.bundle = bundle  # without the members' files, which nobody needs once the graphs are loaded
+        self._loaded = MappingProxyType(dict(loaded))
+
+    @property
+    def default(self) -> LoadedEnsemble:
+        return next(iter(self._loaded.values()))
+
+    def __getitem__(self, name: str) -> LoadedEnsemble:
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Finish what every queue holds and take no more; False where `timeout` seconds in all were too few."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with ThreadPoolExecutor(len(self)) as pool:  # together: no queue takes work while another is being emptied
+            drained = pool.map(lambda each: each.batcher.drain(end and max(0.0, end - time.monotonic())), self.values())
+            return all(list(drained))
+
+    def close(self) -> None:
+        """Stop now; what is queued fails."""
+        self.drain(0.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | None = None) -> Ensembles:
+    """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
+    cache = GraphCache(user_cache(os.environ)) if cache is None else cache
+    bundle = read_bundle(config.bundle_path, weights=False)
+    ready: list[tuple[Ensemble, Engine]] = []
+    for name in config.ensembles:
+        ensemble = compose_named(bundle, config, name)
+        ready.append((ensemble, Engine(cache.fused(bundle, ensemble), bundle, ensemble, config.device)))
+    loaded = {ensemble.name: _start(ensemble, engine, config, metrics) for ensemble, engine in ready}
+    metrics.describe_bundle(bundle.manifest.name, bundle.manifest.version)
+    del ready
+    bundle = replace(bundle, onnx_bytes={})
+    give_back_memory()
+    return Ensembles(bundle, loaded)
+
+
+def compose_named(bundle: Bundle, config: ServiceConfig, name: str) -> Ensemble:
+    """The ensemble that the config calls `name`."""
+    own, rates = config.ensembles[name], config.rates(name)
+    choice = EnsembleChoice(
+        name=name,
+        without=own.without,
+        roles=own.roles,
+        rule=own.rule,
+        detectors=own.detectors,
+        review_rate=rates.review_rate,
+        reject_rate=rates.reject_rate,
+        masks=own.masks,
+    )
+    return compose(bundle, choice)
+
+
+def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: Metrics) -> LoadedEnsemble:
+    voters, detectors = [voter.name for voter in ensemble.voters], [detector.name for detector in ensemble.detectors]
+    own = metrics.ensemble(ensemble.name, voters, detectors)
+    metrics.describe_provider(ensemble.name, engine.provider)
+    return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own)
+
+
+def give_back_memory() -> None:
+    """Return what loading freed to the system; glibc keeps it otherwise."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)

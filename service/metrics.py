@@ -1,0 +1,234 @@
+"""What an operator watches: every time series of the service, under its ensemble's name.
+
+Times and counts use children bound to their labels once. What an answer holds (verdicts, dissent, p-values) is only
+put aside by the batcher and counted in bulk, when a scrape asks or enough has gathered: one `bincount` for some
+hundred images instead of a dozen increments for each.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from models.ensemble import Decision, Reason, Verdict
+
+SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Fine where verdicts are made (by default at 0.01 and 0.05); clean traffic fills each in proportion to its width.
+P_VALUES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+COMBINED = "combined"
+FOLD_AT = 256  # images put aside before they are counted without a scrape
+
+
+class Metrics:
+    """All time series of one server, in a registry of their own. `ensemble` and `call` hand out their bound parts."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry if registry is not None else CollectorRegistry()
+        by_call = ("ensemble", "method")
+        self._request = Histogram(
+            "phalanx_request_seconds",
+            "Time from a request's arrival in its handler to its answer.",
+            by_call,
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._in_flight = Gauge(
+            "phalanx_in_flight_requests", "Requests being answered.", by_call, registry=self.registry
+        )
+        self._errors = Counter(
+            "phalanx_errors", "Requests not answered OK, by gRPC code.", (*by_call, "code"), registry=self.registry
+        )
+        self._image_errors = Counter(
+            "phalanx_image_errors",
+            "Images answered with an error inside an answered request, by gRPC code.",
+            ("ensemble", "code"),
+            registry=self.registry,
+        )
+        self._stage = Histogram(
+            "phalanx_stage_seconds",
+            "Time of a request's stages: decode, queue, compute, encode.",
+            ("ensemble", "stage"),
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._batch = Histogram(
+            "phalanx_batch_images", "Images in one run.", ("ensemble",), buckets=IMAGES, registry=self.registry
+        )
+        self._depth = Gauge("phalanx_queue_images", "Images waiting for a run.", ("ensemble",), registry=self.registry)
+        self._bundle = Gauge(
+            "phalanx_bundle_info", "Always 1; the bundle served.", ("bundle", "version"), registry=self.registry
+        )
+        self._provider = Gauge(
+            "phalanx_provider_info",
+            "Always 1; the execution provider that the session really has.",
+            ("ensemble", "provider"),
+            registry=self.registry,
+        )
+        self._providers: dict[str, str] = {}
+        self._answers = _Answers()
+        self.registry.register(self._answers)
+
+    def ensemble(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> EnsembleMetrics:
+        """The part of the ensemble `name`; voters and detectors in the order of the decision's columns."""
+        tally = self._answers.add(name, voters, detectors)
+        stages = {stage: self._stage.labels(name, stage) for stage in ("decode", "queue", "compute", "encode")}
+        return EnsembleMetrics(tally, stages, self._batch.labels(name), self._depth.labels(name))
+
+    def call(self, method: str, ensemble: str) -> CallMetrics:
+        """The part of one method on one ensemble; `ensemble` is a served name or "", never what a caller wrote."""
+        return CallMetrics(
+            self._request.labels(ensemble, method),
+            self._in_flight.labels(ensemble, method),
+            lambda code: self._errors.labels(ensemble, method, code).inc(),
+        )
+
+    def image_errors(self, ensemble: str, code: str, images: int = 1) -> None:
+        self._image_errors.labels(ensemble, code).inc(images)
+
+    def describe_bundle(self, name: str, version: str) -> None:
+        self._bundle.clear()  # a new bundle takes the old one's place
+        self._bundle.labels(name, version).set(1)
+
+    def describe_provider(self, ensemble: str, provider: str) -> None:
+        previous = self._providers.get(ensemble)
+        if previous is not None:
+            self._provider.remove(ensemble, previous)
+        self._providers = self._providers | {ensemble: provider}
+        self._provider.labels(ensemble, provider).set(1)
+
+
+class CallMetrics:
+    """Requests of one method on one ensemble."""
+
+    __slots__ = ("_error", "_in_flight", "_seconds")
+
+    def __init__(self, seconds: Histogram, in_flight: Gauge, error: Callable[[str], None]) -> None:
+        self._seconds, self._in_flight, self._error = seconds, in_flight, error
+
+    def begin(self) -> float:
+        """Count a request in; returns the moment to hand to `end`."""
+        self._in_flight.inc()
+        return time.perf_counter()
+
+    def end(self, began: float, code: str = "OK") -> None:
+        """Count a request out, whatever became of it: answered, refused, or given up by its caller."""
+        self._in_flight.dec()
+        self._seconds.observe(time.perf_counter() - began)
+        if code != "OK":
+            self._error(code)
+
+
+class EnsembleMetrics:
+    """What one ensemble's codec and batcher report."""
+
+    __slots__ = ("_batch", "_depth", "_tally", "compute", "decode", "encode", "queue")
+
+    def __init__(self, tally: _Tally, stages: dict[str, Histogram], batch: Histogram, depth: Gauge) -> None:
+        self._tally, self._batch, self._depth = tally, batch, depth
+        self.decode: Callable[[float], None] = stages["decode"].observe
+        self.queue: Callable[[float], None] = stages["queue"].observe
+        self.compute: Callable[[float], None] = stages["compute"].observe
+        self.encode: Callable[[float], None] = stages["encode"].observe
+
+    def watch_queue(self, images: Callable[[], float]) -> None:
+        """The queue's depth is asked for by a scrape, so that a request pays nothing for it."""
+        self._depth.set_function(images)
+
+    def run(self, decision: Decision) -> None:
+        """One run's answers."""
+        self._batch.observe(len(decision.label))
+        self._tally.put(decision)
+
+
+class _Tally:
+    """Counts of one ensemble's answers. K classes, M voters, D detectors; the combined p-value is detector D + 1."""
+
+    def __init__(self, voters: Sequence[str], detectors: Sequence[str]) -> None:
+        self.voters, self.detectors = tuple(voters), (*detectors, COMBINED) if detectors else ()
+        self.dissent = np.zeros(len(self.voters), np.int64)
+        self.verdicts = np.zeros((len(Verdict), len(Reason)), np.int64)
+        self.p_counts = np.zeros((len(self.detectors), len(P_VALUES) + 1), np.int64)
+        self.p_sums = np.zeros(len(self.detectors))
+        self.lock = threading.Lock()
+        self._aside: list[Decision] = []
+        self._images = 0
+
+    def put(self, decision: Decision) -> None:
+        with self.lock:
+            self._aside.append(decision)
+            self._images += len(decision.label)
+            if self._images >= FOLD_AT:
+                self.fold()
+
+    def fold(self) -> None:
+        """Count what was put aside; the caller holds the lock."""
+        aside, self._aside, self._images = self._aside, [], 0
+        if not aside:
+            return
+        label = np.concatenate([d.label for d in aside])  # (n,)
+        chosen = np.concatenate([d.votes for d in aside]).argmax(axis=2)  # (n, M)
+        self.dissent += (chosen != label[:, None]).sum(axis=0)
+        verdict = np.concatenate([d.verdict for d in aside])
+        reason = np.concatenate([d.reason for d in aside])
+        self.verdicts += _count(verdict * len(Reason) + reason, self.verdicts.shape)
+        if self.detectors:
+            combined = np.concatenate([d.p_value for d in aside])[:, None]
+            p = np.concatenate([np.concatenate([d.p_values for d in aside]), combined], axis=1)  # (n, D + 1)
+            bucket = np.searchsorted(np.asarray(P_VALUES, np.float32), p)  # p <= bound, as Prometheus's `le` has it
+            rows = np.arange(p.shape[1]) * self.p_counts.shape[1]
+            self.p_counts += _count(rows + bucket, self.p_counts.shape)
+            self.p_sums += p.sum(axis=0, dtype=np.float64)
+
+
+def _usual(verdict: Verdict) -> Reason:
+    return Reason.LOW_P_VALUE if verdict in (Verdict.SUSPECT, Verdict.REJECTED) else Reason.NONE
+
+
+def _count(cells: NDArray[np.int64], shape: tuple[int, int]) -> NDArray[np.int64]:
+    return np.bincount(cells.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+
+
+class _Answers(Collector):
+    """Verdicts, dissent and p-values of every ensemble, written out when a scrape asks."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, _Tally] = {}
+
+    def add(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> _Tally:
+        # Replaces the tally of a name served before, whose members may be others now: to Prometheus, a counter reset.
+        tally = _Tally(voters, detectors)
+        self._tallies = self._tallies | {name: tally}
+        return tally
+
+    def collect(self) -> Iterator[Metric]:
+        images = CounterMetricFamily(
+            "phalanx_verdicts", "Images answered, by verdict and reason.", labels=("ensemble", "verdict", "reason")
+        )
+        dissent = CounterMetricFamily(
+            "phalanx_dissent", "Images on which a member's vote differs from the answer.", labels=("ensemble", "member")
+        )
+        p_values = HistogramMetricFamily(
+            "phalanx_p_value", "p-values of each detector and combined.", labels=("ensemble", "detector")
+        )
+        for name, tally in self._tallies.items():
+            with tally.lock:
+                tally.fold()
+                for verdict in Verdict:
+                    for reason in Reason:
+                        count = int(tally.verdicts[verdict, reason])
+                        if count or reason is _usual(verdict):  # a series from the start on, as rate() needs it
+                            images.add_metric((name, verdict.name.lower(), reason.name.lower()), count)
+                for member, count in zip(tally.voters, tally.dissent.tolist(), strict=True):
+                    dissent.add_metric((name, member), count)
+                for detector, counts, total in zip(tally.detectors, tally.p_counts, tally.p_sums.tolist(), strict=True):
+                    cumulative = zip((*map(str, P_VALUES), "+Inf"), counts.cumsum().tolist(), strict=True)
+                    p_values.add_metric((name, detector), [(bound, float(n)) for bound, n in cumulative], total)
+        yield from (images, dissent, p_values)

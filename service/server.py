@@ -1,0 +1,166 @@
+"""From a configuration to a server that answers, and from SIGTERM to one that has answered everybody.
+
+The thread-pool server of grpcio, not its asyncio one: less CPU per call (see docs/decisions).  A thread answers one
+call from its first to its last byte, and waits for the batcher in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import ssl
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import FrameType
+from typing import Self
+
+import grpc
+from prometheus_client import start_http_server
+
+from service.config import Address, ServiceConfig, TlsConfig
+from service.ensembles import load_ensembles
+from service.graph_cache import GraphCache
+from service.metrics import Metrics
+from service.pb.inference import open_inference_pb2_grpc
+from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
+from service.servicers.gate import Gate
+from service.servicers.health import Health, add_health, add_reflection
+from service.servicers.native import DefenseEnsembleServicer
+from service.servicers.open_inference import OpenInferenceServicer
+
+log = logging.getLogger(__name__)
+
+SPARE_THREADS = 16  # so that health checks are answered, and excess calls refused, while every admitted call has its thread
+
+
+class CannotListen(RuntimeError):
+    """The address cannot be had."""
+
+
+class Server:
+    """Loaded and answering once it is constructed; `drain` ends it."""
+
+    def __init__(self, config: ServiceConfig, cache: GraphCache | None = None) -> None:
+        self._config, self.metrics = config, Metrics()
+        self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
+        self._server = grpc.server(self._pool, options=_options(config))
+        self._ended = ExitStack()  # what must be undone, last first
+        with ExitStack() as started:
+            started.callback(self._pool.shutdown)
+            started.callback(lambda: self._server.stop(None).wait())
+            self.address = _listen(self._server, config)  # before loading: a busy port need not wait for the models
+            self.metrics_address = self._serve_metrics(started)
+            self._ensembles = started.enter_context(load_ensembles(config, self.metrics, cache))
+            self._gate = Gate(self._ensembles, self.metrics, config.limits)
+            self._health = self._add_servicers()
+            self._server.start()
+            self._ended = started.pop_all()
+        names = ", ".join(self._ensembles)
+        log.info("SERVING %s on %s; metrics on %s", names, self.address, self.metrics_address or "no port")
+
+    @property
+    def ensembles(self) -> tuple[str, ...]:
+        return tuple(self._ensembles)
+
+    def drain(self) -> None:
+        """NOT_SERVING first, still answering; then no new call; then wait for those accepted; then stop."""
+        if not self._gate.ready:
+            return
+        shutdown = self._config.shutdown
+        self._gate.ready = False
+        self._health.enter_graceful_shutdown()
+        log.info("NOT_SERVING; draining")
+        time.sleep(shutdown.notice_seconds)
+        end = time.monotonic() + shutdown.drain_seconds
+        stopped = self._server.stop(shutdown.drain_seconds)  # refuses new calls at once, cancels what is left at the end
+        self._health.end_watches()
+        stopped.wait()
+        if not self._ensembles.drain(max(0.0, end - time.monotonic())):
+            log.warning("some work was not finished within %g s", shutdown.drain_seconds)
+        self._ended.close()
+        log.info("stopped")
+
+    def _add_servicers(self) -> Health:
+        native, open_inference = (
+            DefenseEnsembleServicer(self._gate),
+            OpenInferenceServicer(self._gate, self._config.batching),
+        )
+        defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, self._server)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self._server)
+        add_reflection(self._server)
+        return add_health(self._server, self._ensembles)
+
+    def _serve_metrics(self, started: ExitStack) -> Address | None:
+        """On a port of their own; `started` gets to know how it is closed."""
+        address, tls = self._config.metrics, self._config.tls
+        if address is None:
+            return None
+        # a scraper on this machine needs no certificate
+        files = (str(tls.certificate), str(tls.key)) if tls and not address.loopback else (None, None)
+        try:
+            http, thread = start_http_server(address.port, address.host, self.metrics.registry, *files)
+        except OSError as error:
+            raise CannotListen(f"metrics: cannot have {address}: {error.strerror or error}") from None
+        for close in (thread.join, http.server_close, http.shutdown):
+            started.callback(close)
+        return Address(address.host, http.server_port)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drain()
+
+
+def serve(config: ServiceConfig) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process the hard way."""
+    ended = threading.Event()
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        ended.set()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with Server(config):
+            ended.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _options(config: ServiceConfig) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.so_reuseport", 0),  # else a second server on a busy port would start, and get half of the calls
+        ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+    ]
+    age = config.limits.max_connection_age_seconds
+    if age is not None:
+        options += [
+            ("grpc.max_connection_age_ms", int(age * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(config.shutdown.drain_seconds * 1000)),
+        ]
+    return options
+
+
+def _listen(server: grpc.Server, config: ServiceConfig) -> Address:
+    credentials = _credentials(config.tls) if config.tls else None
+    address = str(config.listen)
+    try:
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError:
+        raise CannotListen(f"listen: cannot have {address}: another process uses it, or it is not ours") from None
+    return Address(config.listen.host, port)
+
+
+def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    try:
+        pair = tls.key.read_bytes(), tls.certificate.read_bytes()
+        # gRPC would not say what is wrong with them
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+    except OSError as error:
+        raise CannotListen(f"tls: {tls.certificate} and {tls.key}: {error.strerror or error}") from None
+    return grpc.ssl_server_credentials([pair])

@@ -1,0 +1,50 @@
+"""grpc.health.v1 and server reflection, for the server as a whole, for each API, and for each ensemble by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.pb.inference import open_inference_pb2
+from service.pb.phalanx.v1 import defense_ensemble_pb2
+
+SERVICES = (
+    defense_ensemble_pb2.DESCRIPTOR.services_by_name["DefenseEnsemble"].full_name,
+    open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+
+
+class Health(health.HealthServicer):
+    """grpcio's, but its watchers can be sent away: they watch for ever, and would hold up the server's end."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._watched: set[grpc.ServicerContext] = set()
+        for name in names:
+            self.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send_response_callback: Any = None
+    ) -> Any:
+        self._watched.add(context)
+        context.add_callback(lambda: self._watched.discard(context))
+        return super().Watch(request, context, send_response_callback)
+
+    def end_watches(self) -> None:
+        for context in tuple(self._watched):
+            context.cancel()
+
+
+def add_health(server: grpc.Server, ensembles: Iterable[str]) -> Health:
+    """Everything SERVING; `enter_graceful_shutdown` of what is returned says NOT_SERVING for all, for good."""
+    servicer = Health(("", *SERVICES, *ensembles))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return servicer
+
+
+def add_reflection(server: grpc.Server) -> None:
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -1,0 +1,146 @@
+"""ClassifyStream: a reader takes requests in and queues their images, while the handler answers them in order.
+
+So images of one stream share runs with each other and with everybody else's.  At most WINDOW requests of a stream are
+in the service at once; then the reader stops reading, and gRPC's flow control makes the sender wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+
+import grpc
+import numpy as np
+
+from service.batcher import Result
+from service.codec import Answers, decode_one, disclosure, write_error
+from service.config import Disclosure
+from service.errors import TooManyCalls, failure_of, request_id_of
+from service.images import PixelBudget
+from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.servicers.gate import Gate, Served, abort, submit, wait
+
+WINDOW = 64
+METHOD = "ClassifyStream"
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    served: Served
+    level: Disclosure
+    resized: bool
+    future: Future[Result]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """A request that was read: submitted, or already failed."""
+
+    id: str
+    ensemble: str
+    began: float
+    outcome: _Submitted | Exception
+
+
+def answer_stream(
+    gate: Gate, requests: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
+) -> Iterator[pb.ClassifyStreamResponse]:
+    try:
+        gate.admit()
+    except TooManyCalls as error:
+        abort(failure_of(error, request_id_of(context)), context)
+    try:
+        yield from _Stream(gate, context).answers(requests)
+    finally:
+        gate.leave()
+
+
+class _Stream:
+    def __init__(self, gate: Gate, context: grpc.ServicerContext) -> None:
+        self._gate, self._context = gate, context
+        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()  # None: no more will come
+        self._room = threading.Semaphore(WINDOW)
+        self._over = threading.Event()
+        self._pending: set[Future[Result]] = set()
+
+    def answers(self, requests: Iterator[pb.ClassifyStreamRequest]) -> Iterator[pb.ClassifyStreamResponse]:
+        self._context.add_callback(self._end)  # the caller gave up: the reader must not wait for room any more
+        threading.Thread(target=self._read, args=(requests,), name="stream-reader", daemon=True).start()
+        last: _Entry | None = None
+        try:
+            while (last := self._entries.get()) is not None:
+                response = self._leave(last)
+                self._room.release()
+                yield response
+        finally:
+            self._end()
+            if last is not None:  # ended early: what was read is counted out
+                self._abandon()
+
+    def _read(self, requests: Iterator[pb.ClassifyStreamRequest]) -> None:
+        try:
+            with contextlib.suppress(grpc.RpcError):  # raised by the iterator where the call ends early
+                for request in requests:
+                    self._room.acquire()
+                    if self._over.is_set():
+                        break
+                    self._entries.put(self._enter(request))
+        finally:
+            self._entries.put(None)
+
+    def _end(self) -> None:
+        self._over.set()
+        self._room.release()
+        for future in tuple(self._pending):
+            future.cancel()
+
+    def _abandon(self) -> None:
+        while (entry := self._entries.get()) is not None:
+            self._gate.end(METHOD, entry.ensemble, entry.began, grpc.StatusCode.CANCELLED)
+
+    def _enter(self, request: pb.ClassifyStreamRequest) -> _Entry:
+        began = self._gate.begin(METHOD, request.ensemble)
+        return _Entry(request.id, request.ensemble, began, self._submitted(request))
+
+    def _submitted(self, request: pb.ClassifyStreamRequest) -> _Submitted | Exception:
+        try:
+            served, limits = self._gate.find(request.ensemble), self._gate.limits
+            level = disclosure(request.disclosure, limits.disclosure)
+            began = perf_counter()
+            image = decode_one(request.image, served.spec, PixelBudget(limits.max_image_pixels), "image")
+            served.metrics.decode(perf_counter() - began)
+            future = submit(served, image.array[np.newaxis], self._context)
+            self._pending.add(future)
+            return _Submitted(served, level, image.resized, future)
+        except Exception as error:
+            return error
+
+    def _leave(self, entry: _Entry) -> pb.ClassifyStreamResponse:
+        """The answer to one request; an error is one too, and does not end the stream."""
+        response = pb.ClassifyStreamResponse(id=entry.id)
+        code = grpc.StatusCode.OK
+        try:
+            if isinstance(entry.outcome, Exception):
+                raise entry.outcome
+            served, level = entry.outcome.served, entry.outcome.level
+            result = wait(entry.outcome.future, self._context)
+            began = perf_counter()
+            response.ensemble, response.bundle_version = served.name, served.bundle_version
+            response.disclosure = pb.Disclosure.ValueType(level)
+            Answers(result, served.names, level).write(0, response.result.classification, entry.outcome.resized)
+            served.metrics.encode(perf_counter() - began)
+        except Exception as error:
+            failure = failure_of(error, request_id_of(self._context))
+            code = failure.code
+            response.ensemble = entry.ensemble
+            write_error(response.result, failure)
+        finally:
+            if isinstance(entry.outcome, _Submitted):
+                self._pending.discard(entry.outcome.future)
+        self._gate.end(METHOD, entry.ensemble, entry.began, code)
+        return response

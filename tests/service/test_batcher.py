@@ -1,0 +1,397 @@
+"""One queue in front of a real engine: order, bounds, deadlines, failures and the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.bundle import Bundle, read_bundle
+from models.composition import EnsembleChoice, compose
+from models.ensemble import Decision
+from service.batcher import Batcher, DeadlineExceeded, Draining, QueueFull, Result
+from service.config import BatchingConfig, DeviceConfig
+from service.engine import Engine, Images, Run
+from service.graph import build_graph
+from service.metrics import Metrics
+from tests.bundles import random_images, write_tiny_bundle
+
+SECONDS = 20  # how long a test waits for what must happen
+
+
+class GatedEngine:
+    """A real engine whose runs a test can hold, watch and break."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.input_shape = engine.input_shape
+        self.runs: list[int] = []  # images in each
+        self.entered = threading.Semaphore(0)  # once for every run that began
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def run(self, images: Images) -> Run:
+        self.runs.append(len(images))
+        self.entered.release()
+        assert self.gate.wait(SECONDS)
+        if self.error is not None:
+            raise self.error
+        return self._engine.run(images)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No run ends inside; the runs before are over."""
+        self.gate.clear()
+        try:
+            yield
+        finally:
+            self.gate.set()
+
+    def await_run(self) -> None:
+        assert self.entered.acquire(timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return read_bundle(write_tiny_bundle(tmp_path_factory.mktemp("batcher") / "bundle"))
+
+
+def load(bundle: Bundle, **choice: Any) -> Engine:
+    ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
+    return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu", threads=1))
+
+
+@pytest.fixture(scope="module")
+def real(bundle: Bundle) -> Engine:
+    return load(bundle)
+
+
+@pytest.fixture
+def engine(real: Engine) -> GatedEngine:
+    return GatedEngine(real)
+
+
+@pytest.fixture(scope="module")
+def images(bundle: Bundle) -> Images:
+    return random_images(bundle.manifest.input, 96, seed=5)
+
+
+@pytest.fixture(scope="module")
+def alone(real: Engine, images: Images) -> list[Decision]:
+    """What every image is answered by itself."""
+    return [real.run(images[i : i + 1]).decision for i in range(len(images))]
+
+
+@contextmanager
+def batcher(
+    engine: GatedEngine, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic, **limits: Any
+) -> Iterator[Batcher]:
+    own = (metrics or Metrics()).ensemble("full", ["metric", "edge", "adversarial", "bayesian"], ["a", "b", "c", "d"])
+    made = Batcher(engine, BatchingConfig.model_validate({"max_delay_ms": 0} | limits), own, "full", clock)
+    try:
+        yield made
+    finally:
+        engine.gate.set()
+        assert made.drain(SECONDS)
+
+
+def assert_same(result: Result, expected: list[Decision]) -> None:
+    """Batched equals unbatched within 1e-5, in every column."""
+    for column in fields(Decision):
+        got = getattr(result.decision, column.name)
+        want = np.concatenate([getattr(each, column.name) for each in expected])
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=column.name)
+    assert len(result.masks_seeds) == len(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    max_batch_size=st.integers(1, 16),
+    order=st.randoms(use_true_random=False),
+)
+def test_every_request_gets_the_answers_of_its_own_images_in_their_order(
+    real: Engine, images: Images, alone: list[Decision], sizes: list[int], max_batch_size: int, order: Any
+) -> None:
+    engine = GatedEngine(real)
+    rows = [[order.randrange(len(images)) for _ in range(size)] for size in sizes]
+    with batcher(engine, max_batch_size=max_batch_size) as queue:
+        with engine.held():
+            futures = [queue.submit(images[row]) for row in rows]
+        for row, future in zip(rows, futures, strict=True):
+            assert_same(future.result(SECONDS), [alone[i] for i in row])
+    assert max(engine.runs) <= max_batch_size
+    assert sum(engine.runs) == sum(sizes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    fates=st.lists(st.sampled_from(["wanted", "cancelled", "expired"]), min_size=1, max_size=10),
+    size=st.integers(1, 6),
+)
+def test_only_what_is_still_wanted_is_computed(
+    real: Engine, images: Images, alone: list[Decision], fates: list[str], size: int
+) -> None:
+    engine, now = GatedEngine(real), [100.0]
+    with batcher(engine, clock=lambda: now[0], max_batch_size=4) as queue:
+        with engine.held():
+            busy = queue.submit(images[:1])
+            engine.await_run()
+            futures = [queue.submit(images[:size], 101.0 if fate == "expired" else 200.0) for fate in fates]
+            for fate, future in zip(fates, futures, strict=True):
+                assert fate != "cancelled" or future.cancel()
+            now[0] = 101.0
+        busy.result(SECONDS)
+        for fate, future in zip(fates, futures, strict=True):
+            if fate == "wanted":
+                assert_same(future.result(SECONDS), alone[:size])
+            else:
+                with pytest.raises(CancelledError if fate == "cancelled" else DeadlineExceeded, match=r"passed|^$"):
+                    future.result(SECONDS)
+        assert queue.depth == 0
+    assert sum(engine.runs) == 1 + size * fates.count("wanted")
+
+
+def test_requests_that_arrive_during_a_run_share_the_next(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_batch_size=64) as queue:
+        with engine.held():
+            first = queue.submit(images[:1])
+            engine.await_run()
+            others = [queue.submit(images[i : i + 1]) for i in range(5)]
+        assert first.result(SECONDS).batch_size == 1
+        assert {other.result(SECONDS).batch_size for other in others} == {5}
+    assert engine.runs == [1, 5]
+
+
+def test_a_large_request_is_split_and_those_behind_it_wait_for_one_run_only(
+    engine: GatedEngine, images: Images
+) -> None:
+    finished: list[str] = []
+    with batcher(engine, max_batch_size=8) as queue:
+        with engine.held():
+            large = queue.submit(images[:30])
+            engine.await_run()
+            small = queue.submit(images[:1])
+            large.add_done_callback(lambda _: finished.append("large"))
+            small.add_done_callback(lambda _: finished.append("small"))
+        wait([large, small], SECONDS)
+    assert engine.runs == [8, 8, 8, 7]  # 8 | 1 + 7 | 8 | 7
+    assert finished == ["small", "large"]
+    assert large.result().batch_size == 8
+
+
+def test_a_lone_caller_never_waits_for_company(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_delay_ms=1000) as queue:
+        waited = [queue.submit(images[:1]).result(SECONDS).queue_seconds for _ in range(5)]
+    assert max(waited) < 0.5
+
+
+def test_callers_who_were_answered_together_are_waited_for(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_delay_ms=1000) as queue:
+        with engine.held():
+            queue.submit(images[:1])
+            engine.await_run()
+            together = [queue.submit(images[:1]) for _ in range(2)]
+        wait(together, SECONDS)
+        together = [queue.submit(images[:1]) for _ in range(2)]
+        assert [each.result(SECONDS).batch_size for each in together] == [2, 2]
+    assert engine.runs == [1, 2, 2]
+
+
+def test_nobody_is_waited_for_beyond_a_deadline(engine: GatedEngine, images: Images) -> None:
+    now = 100.0  # stands still, so that waiting would be for the full delay
+    with batcher(engine, clock=lambda: now, max_delay_ms=1000) as queue:
+        with engine.held():
+            queue.submit(images[:1])
+            engine.await_run()
+            together = [queue.submit(images[:1]) for _ in range(2)]
+        wait(together, SECONDS)
+        began = time.monotonic()
+        assert queue.submit(images[:1], deadline=now + 0.5).result(SECONDS).batch_size == 1
+        assert time.monotonic() - began < 0.9
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_queue=4, max_batch_size=2) as queue:
+        queue.submit(images[:1]).result(SECONDS)  # so that the time of an image is known
+        engine.await_run()
+        with engine.held():
+            queue.submit(images[:1])
+            engine.await_run()
+            waiting = [queue.submit(images[:2]), queue.submit(images[:2])]
+            assert queue.depth == 4
+            with pytest.raises(QueueFull, match="holds 4 of at most 4 images and has no room for 1 more") as refused:
+                queue.submit(images[:1])
+            assert 0 < refused.value.retry_seconds < 60
+        assert [len(each.result(SECONDS).decision.label) for each in waiting] == [2, 2]
+        assert len(queue.submit(images[:1]).result(SECONDS).decision.label) == 1
+
+
+def test_a_request_larger_than_the_queue_enters_an_empty_one(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_queue=4, max_batch_size=8) as queue:
+        assert len(queue.submit(images[:20]).result(SECONDS).decision.label) == 20
+
+
+def test_work_that_cannot_be_done_in_time_is_refused_at_once(engine: GatedEngine, images: Images) -> None:
+    now = [100.0]
+
+    def clock() -> float:
+        now[0] += 0.5  # each look at it: a run takes half a second
+        return now[0]
+
+    with batcher(engine, clock=clock, max_batch_size=1) as queue:
+        queue.submit(images[:1]).result(SECONDS)
+        engine.await_run()
+        with pytest.raises(DeadlineExceeded, match=r"0\.000 s are left"):
+            queue.submit(images[:1], deadline=now[0])
+        with engine.held():
+            queue.submit(images[:1])
+            engine.await_run()
+            queue.submit(images[:10])
+            with pytest.raises(DeadlineExceeded, match=r"the work queued before takes about 5\.000 s"):
+                queue.submit(images[:1], deadline=now[0] + 2)
+
+
+def test_what_is_left_of_a_large_request_is_not_computed_when_it_is_cancelled(
+    engine: GatedEngine, images: Images
+) -> None:
+    with batcher(engine, max_batch_size=8) as queue:
+        with engine.held():
+            large = queue.submit(images[:64])
+            engine.await_run()
+            assert large.cancel()
+        queue.submit(images[:1]).result(SECONDS)
+        assert queue.depth == 0
+    assert engine.runs == [8, 1]
+
+
+def test_an_engine_that_fails_fails_its_own_batch_only(
+    engine: GatedEngine, images: Images, alone: list[Decision], caplog: pytest.LogCaptureFixture
+) -> None:
+    with batcher(engine, max_batch_size=4) as queue:
+        engine.error = RuntimeError("the device is lost")
+        with engine.held():
+            doomed = [queue.submit(images[:3]), queue.submit(images[:6])]  # the second one's rest is not tried
+            engine.await_run()
+        for future in doomed:
+            with pytest.raises(RuntimeError, match="the device is lost"):
+                future.result(SECONDS)
+        engine.error = None
+        assert_same(queue.submit(images[:2]).result(SECONDS), alone[:2])
+        assert queue.depth == 0
+    assert "a run of" in caplog.text
+
+
+def test_a_callback_that_fails_kills_nobody(
+    engine: GatedEngine, images: Images, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Future[Result]) -> None:
+        raise ValueError("a careless callback")
+
+    with batcher(engine) as queue:
+        with engine.held():
+            futures = [queue.submit(images[:1]) for _ in range(3)]
+            for future in futures:
+                future.add_done_callback(fail)
+        assert len(wait(futures, SECONDS).done) == 3
+        assert queue.submit(images[:1]).result(SECONDS).batch_size == 1
+    assert "a careless callback" in caplog.text
+
+
+def test_draining_answers_all_that_is_queued_and_takes_no_more(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_batch_size=4) as queue, ThreadPoolExecutor(1) as pool:
+        with engine.held():
+            futures = [queue.submit(images[:3]) for _ in range(5)]
+            engine.await_run()
+            drained = pool.submit(queue.drain, SECONDS)
+            with pytest.raises(Draining, match="shutting down"):
+                while True:  # until the other thread has begun to drain
+                    futures.append(queue.submit(images[:1]))
+        assert drained.result(SECONDS)
+        assert all(future.done() and future.exception() is None for future in futures)
+
+
+def test_what_cannot_be_drained_in_time_is_told_so(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_batch_size=4) as queue, engine.held():
+        futures = [queue.submit(images[:3]) for _ in range(5)]
+        engine.await_run()
+        assert not queue.drain(0.0)
+        for future in futures:
+            with pytest.raises(Draining, match="shut down before"):
+                future.result(SECONDS)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(np.zeros((0, 8, 8, 3), np.uint8), id="no image"),
+        pytest.param(np.zeros((1, 8, 9, 3), np.uint8), id="another width"),
+        pytest.param(np.zeros((8, 8, 3), np.uint8), id="a single image without its axis"),
+        pytest.param(np.zeros((1, 8, 8, 3), np.float32), id="floats"),
+    ],
+)
+def test_images_of_another_shape_or_type_are_refused(engine: GatedEngine, broken: Any) -> None:
+    with (
+        batcher(engine) as queue,
+        pytest.raises(ValueError, match=r"expected at least one uint8 image \(8, 8, 3\), got"),
+    ):
+        queue.submit(broken)
+
+
+def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, images: Images) -> None:
+    fresh = load(bundle, masks="fresh")
+    with batcher(GatedEngine(fresh), max_batch_size=4) as queue:
+        result = queue.submit(images[:12]).result(SECONDS)
+    assert [len(set(result.masks_seeds[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1]
+    assert len(set(result.masks_seeds)) == 3
+    for row, seed in enumerate(result.masks_seeds):
+        again = fresh.run(images[row : row + 1], masks_seed=seed).decision
+        np.testing.assert_allclose(again.votes[0], result.decision.votes[row], atol=1e-5)
+
+
+def test_every_answered_request_and_run_is_measured(engine: GatedEngine, images: Images) -> None:
+    metrics = Metrics()
+    with batcher(engine, metrics, max_batch_size=4) as queue:
+        with engine.held():
+            busy = queue.submit(images[:1])
+            engine.await_run()
+            queue.submit(images[:2])
+            queue.submit(images[:6])
+            assert metrics.registry.get_sample_value("phalanx_queue_images", {"ensemble": "full"}) == 8
+        busy.result(SECONDS)
+    value = metrics.registry.get_sample_value
+    assert value("phalanx_batch_images_count", {"ensemble": "full"}) == 3
+    assert value("phalanx_batch_images_sum", {"ensemble": "full"}) == 9
+    for stage in ("queue", "compute"):
+        assert value("phalanx_stage_seconds_count", {"ensemble": "full", "stage": stage}) == 3
+    assert value("phalanx_p_value_count", {"ensemble": "full", "detector": "combined"}) == 9
+
+
+def test_many_callers_at_once_get_each_their_own(engine: GatedEngine, images: Images, alone: list[Decision]) -> None:
+    def call(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(25):
+            rows = rng.integers(len(images), size=rng.integers(1, 5))
+            assert_same(queue.submit(images[rows]).result(SECONDS), [alone[i] for i in rows])
+
+    with batcher(engine, max_batch_size=6, max_delay_ms=1) as queue, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(call, seed) for seed in range(8)]:
+            done.result(SECONDS)
+
+
+def test_nothing_stays_behind_when_it_is_over(engine: GatedEngine) -> None:
+    before = threading.active_count()
+    with batcher(engine):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

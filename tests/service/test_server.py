@@ -1,0 +1,319 @@
+"""A real server and a real client: what is answered, in which order, to whom, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image
+
+from service.cli import main
+from service.graph_cache import GraphCache
+from service.pb.inference.open_inference_pb2 import ServerReadyRequest
+from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.server import CannotListen, Server
+from tests.service.serving import ENSEMBLES, SIZE, Running, configured, connected, random_pixels, raw, request, serving
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+MEMBERS = ["metric", "edge", "adversarial", "bayesian"]
+
+
+def classify_one(running: Running, pixels: np.ndarray, ensemble: str = "") -> pb.Classification:
+    return running.native.Classify(request(pixels[None], ensemble)).results[0].classification
+
+
+# --- answers
+
+
+def test_an_answer_has_all_its_evidence(running: Running) -> None:
+    response = running.native.Classify(request(random_pixels(1)))
+    assert (response.ensemble, response.disclosure) == ("full", pb.DISCLOSURE_EVIDENCE)
+    answer = response.results[0].classification
+    assert answer.confidence == pytest.approx(max(answer.probabilities))
+    assert sum(answer.probabilities) == pytest.approx(1, abs=1e-5)
+    assert answer.verdict in (pb.VERDICT_CLEAN, pb.VERDICT_SUSPECT, pb.VERDICT_REJECTED)
+    assert 0 < answer.p_value <= 1
+    assert sorted(vote.member for vote in answer.votes) == sorted(MEMBERS)
+    for vote in answer.votes:
+        assert vote.confidence == pytest.approx(vote.probabilities[vote.class_index])
+        assert vote.confidence == max(vote.probabilities)
+        assert vote.class_name
+    assert [detection.detector for detection in answer.detections] == [
+        "mutual_information", "variance", "disagreement", "distance",
+    ]  # fmt: skip
+    assert answer.HasField("masks_seed")
+
+
+def test_many_images_are_answered_as_each_alone(running: Running) -> None:
+    pixels = random_pixels(70)  # more than one run
+    together = [result.classification for result in running.native.Classify(request(pixels)).results]
+    for index in (0, 1, 63, 64, 69):
+        alone = classify_one(running, pixels[index])
+        assert alone.class_index == together[index].class_index
+        np.testing.assert_allclose(alone.probabilities, together[index].probabilities, atol=1e-5)
+
+
+def test_calls_at_once_get_each_their_own_answer(running: Running) -> None:
+    pixels = random_pixels(48, seed=1)
+    expected = [result.classification for result in running.native.Classify(request(pixels)).results]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda image: classify_one(running, image), pixels))
+    for answer, reference in zip(answers, expected, strict=True):
+        np.testing.assert_allclose(answer.probabilities, reference.probabilities, atol=1e-5)
+
+
+def test_an_ablated_member_is_absent_everywhere(running: Running) -> None:
+    answer = classify_one(running, random_pixels(1)[0], "no-edge")
+    assert sorted(vote.member for vote in answer.votes) == ["adversarial", "bayesian", "metric"]
+    description = running.native.GetEnsemble(pb.GetEnsembleRequest(ensemble="no-edge")).ensemble
+    assert "edge" not in [member.name for member in description.members]
+    assert not description.is_default
+
+
+def test_without_detectors_the_verdict_is_unscreened(running: Running) -> None:
+    answer = classify_one(running, random_pixels(1)[0], "votes-only")
+    assert answer.verdict == pb.VERDICT_UNSCREENED
+    assert not answer.detections
+    assert not answer.HasField("p_value")
+
+
+def test_fresh_masks_are_drawn_for_every_run_and_their_seed_is_told(running: Running) -> None:
+    seeds = {classify_one(running, random_pixels(1)[0], "fresh").masks_seed for _ in range(3)}
+    assert len(seeds) == 3
+    fixed = {classify_one(running, random_pixels(1)[0]).masks_seed for _ in range(3)}
+    assert len(fixed) == 1
+
+
+def test_the_ensembles_are_listed_the_default_first(running: Running) -> None:
+    listed = running.native.ListEnsembles(pb.ListEnsemblesRequest()).ensembles
+    assert [ensemble.name for ensemble in listed] == list(ENSEMBLES)
+    assert [ensemble.is_default for ensemble in listed] == [True, False, False, False]
+    default = running.native.GetEnsemble(pb.GetEnsembleRequest()).ensemble
+    assert default == listed[0]
+    assert (default.input.height, default.input.width, default.input.channels) == (SIZE, SIZE, 3)
+    assert (default.rates.review, default.rates.reject) == (0.05, 0.01)
+    assert default.provider == "CPUExecutionProvider"
+    assert default.masks == pb.MASKS_FIXED
+    assert listed[3].masks == pb.MASKS_FRESH
+    assert sum(member.weight for member in default.members if member.votes) == pytest.approx(1)
+
+
+# --- streams
+
+
+def test_a_stream_keeps_order_and_ids_and_survives_bad_images(running: Running) -> None:
+    pixels = random_pixels(200, seed=2)
+    bad = {5: pb.Image(encoded=b"not an image"), 77: pb.Image()}
+
+    def requests() -> Iterator[pb.ClassifyStreamRequest]:
+        for index, image in enumerate(pixels):
+            ensemble = ("", "no-edge", "nobody")[2 if index == 120 else index % 2]
+            yield pb.ClassifyStreamRequest(id=f"tile {index}", image=bad.get(index, raw(image)), ensemble=ensemble)
+
+    responses = list(running.native.ClassifyStream(requests()))
+    assert [response.id for response in responses] == [f"tile {index}" for index in range(200)]
+    errors = {index: r.result.error for index, r in enumerate(responses) if r.result.HasField("error")}
+    assert {index: error.code for index, error in errors.items()} == {5: 3, 77: 3, 120: 5}
+    assert errors[5].field == "image.encoded"
+    expected = running.native.Classify(request(pixels[:2])).results
+    np.testing.assert_allclose(
+        responses[0].result.classification.probabilities, expected[0].classification.probabilities, atol=1e-5
+    )
+    assert responses[1].ensemble == "no-edge"
+    assert len(responses[1].result.classification.votes) == 3
+
+
+def test_a_stream_answers_while_it_is_still_open(running: Running) -> None:
+    answered = threading.Event()
+
+    def requests() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest(id="first", image=raw(random_pixels(1)[0]))
+        assert answered.wait(10)
+        yield pb.ClassifyStreamRequest(id="second", image=raw(random_pixels(1)[0]))
+
+    responses = running.native.ClassifyStream(requests())
+    assert next(responses).id == "first"
+    answered.set()
+    assert next(responses).id == "second"
+    assert next(responses, None) is None
+
+
+def test_a_stream_given_up_is_counted_out(tiny_bundle: Path, graphs: GraphCache) -> None:
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}) as running:
+        closed = threading.Event()
+
+        def requests() -> Iterator[pb.ClassifyStreamRequest]:
+            for index in range(100):
+                yield pb.ClassifyStreamRequest(id=str(index), image=raw(random_pixels(1)[0]))
+            closed.wait(10)
+
+        responses = running.native.ClassifyStream(requests())
+        next(responses)
+        responses.cancel()
+        closed.set()
+        running.server.drain()  # waits for every handler
+        labels = {"ensemble": "full", "method": "ClassifyStream"}
+        assert running.server.metrics.registry.get_sample_value("phalanx_in_flight_requests", labels) == 0
+
+
+# --- health, reflection, metrics
+
+
+def test_health_is_told_for_the_server_each_api_and_each_ensemble(running: Running) -> None:
+    for service in ("", "phalanx.v1.DefenseEnsemble", "inference.GRPCInferenceService", *ENSEMBLES):
+        assert running.health.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING
+    with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+        running.health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+
+
+def test_reflection_lists_the_services_and_describes_them(running: Running) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.channel)  # published untyped
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="phalanx.v1.DefenseEnsemble"),
+    ]
+    listed, described = list(stub.ServerReflectionInfo(iter(asked)))
+    assert {service.name for service in listed.list_services_response.service} == {
+        "phalanx.v1.DefenseEnsemble", "inference.GRPCInferenceService",
+        "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+    }  # fmt: skip
+    assert described.file_descriptor_response.file_descriptor_proto
+
+
+def test_calls_stages_and_errors_are_counted(tiny_bundle: Path, graphs: GraphCache) -> None:
+    with serving(tiny_bundle, graphs) as running:
+        for _ in range(3):
+            running.native.Classify(request(random_pixels(2)))
+        running.native.Classify(pb.ClassifyRequest(ensemble="no-edge", images=[pb.Image(encoded=b"x"), raw(random_pixels(1)[0])]))
+        for ensemble in ("nobody", "no such thing"):
+            with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+                running.native.Classify(request(random_pixels(1), ensemble))
+        with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
+            running.native.Classify(pb.ClassifyRequest())
+        series = running.scrape()
+    assert series['phalanx_request_seconds_count{ensemble="full",method="Classify"}'] == 4
+    assert series['phalanx_errors_total{code="INVALID_ARGUMENT",ensemble="full",method="Classify"}'] == 1
+    assert series['phalanx_errors_total{code="NOT_FOUND",ensemble="",method="Classify"}'] == 2
+    assert series['phalanx_image_errors_total{code="INVALID_ARGUMENT",ensemble="no-edge"}'] == 1
+    assert series['phalanx_in_flight_requests{ensemble="full",method="Classify"}'] == 0
+    for stage in ("decode", "queue", "compute", "encode"):
+        assert series[f'phalanx_stage_seconds_count{{ensemble="full",stage="{stage}"}}'] >= 3
+    assert not any("nobody" in name for name in series)  # what a caller writes never becomes a label
+
+
+# --- starting and ending
+
+
+def test_a_busy_port_is_refused(tiny_bundle: Path, graphs: GraphCache) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotListen, match=f"listen: cannot have 127.0.0.1:{port}: another process uses it"):
+            Server(configured(tiny_bundle, listen=f"127.0.0.1:{port}"), graphs)
+        with pytest.raises(CannotListen, match=f"metrics: cannot have 127.0.0.1:{port}"):
+            Server(configured(tiny_bundle, metrics=f"127.0.0.1:{port}"), graphs)
+
+
+def test_two_servers_do_not_share_a_port(tiny_bundle: Path, graphs: GraphCache, running: Running) -> None:
+    with pytest.raises(CannotListen, match="cannot have"):
+        Server(configured(tiny_bundle, listen=str(running.server.address)), graphs)
+
+
+def test_draining_says_not_serving_first_and_answers_what_was_accepted(tiny_bundle: Path, graphs: GraphCache) -> None:
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}, shutdown={"notice_seconds": 0.3}), graphs)
+    running = connected(server)
+    with running.channel:
+        watched = running.health.Watch(health_pb2.HealthCheckRequest(service="full"))
+        assert next(watched).status == SERVING
+        accepted = running.native.Classify.future(request(random_pixels(200)))
+        draining = threading.Thread(target=server.drain)
+        draining.start()
+        assert next(watched).status == NOT_SERVING
+        # still answering, while load balancers look away
+        assert running.native.Classify(request(random_pixels(1))).results
+        assert not running.open_inference.ServerReady(ServerReadyRequest()).ready
+        assert len(accepted.result().results) == 200
+        draining.join(5)  # whoever watches does not hold it up
+        assert not draining.is_alive()
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            running.native.Classify(request(random_pixels(1)))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_tls_is_spoken_under_the_certificate_of_the_config(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key, tile = tmp_path / "certificate.pem", tmp_path / "key.pem", tmp_path / "tile.png"
+    subprocess.run(
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=phalanx "
+        f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
+        check=True,
+        capture_output=True,
+    )
+    Image.fromarray(random_pixels(1)[0]).save(tile)
+    tls = {"certificate": certificate, "key": key}
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, tls=tls) as running:
+        address = str(running.server.address)
+        assert main(["classify", "--server", address, "--ca", str(certificate), str(tile)]) == 0
+        assert main(["classify", "--server", address, "--timeout", "5", str(tile)]) == 1
+    assert "no server answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "No such file"), ("not PEM", "PEM")])
+def test_a_certificate_that_cannot_be_used_is_refused(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, content: str | None, sentence: str
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    if content is not None:
+        certificate.write_text(content)
+        key.write_text(content)
+    with pytest.raises(CannotListen, match=f"tls: .*certificate.pem and .*key.pem: .*{sentence}"):
+        Server(configured(tiny_bundle, tls={"certificate": certificate, "key": key}), graphs)
+
+
+def test_sigterm_ends_the_process_in_good_order(tiny_bundle: Path, tmp_path: Path) -> None:
+    config = tmp_path / "phalanx.yaml"
+    config.write_text(
+        f"bundle: {tiny_bundle}\nlisten: 127.0.0.1:0\nmetrics: off\nensembles: {{full: {{}}}}\n"
+        "device: {provider: cpu, threads: 1}\nshutdown: {notice_seconds: 0}\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "service.cli", "serve", "--config", str(config)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        address = _serving_address(process)
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(10)
+            process.send_signal(signal.SIGTERM)
+            _, rest = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert rest.index("NOT_SERVING") < rest.index("stopped")
+
+
+def _serving_address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    seen = []
+    while select.select([process.stderr], [], [], 60)[0] and (line := process.stderr.readline()):
+        seen.append(line)
+        if "SERVING" in line:
+            return line.split(" on ")[1].split(";")[0]
+    raise AssertionError("".join(seen))

@@ -1,0 +1,51 @@
+"""Recipes: the shipped ones are valid, and a mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.recipe import InvalidRecipe, load_recipe
+
+SHIPPED = ["eurosat", "fashion-mnist", "smoke"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_has_the_four_members(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert list(recipe.members) == ["adversarial", "bayesian", "edge", "metric"]
+    assert recipe.members["bayesian"].attack is None
+
+
+def test_an_unknown_recipe_is_answered_with_those_that_ship() -> None:
+    with pytest.raises(InvalidRecipe, match=r"no recipe 'eurosta': shipped are eurosat, fashion-mnist, smoke"):
+        load_recipe("eurosta")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param({"epsilonn": 4}, "epsilonn", id="an unknown key"),
+        pytest.param({"epsilon": -1}, "greater than 0", id="a negative radius"),
+        pytest.param({"members": {"edge": {}}}, "give it an `attack:` section", id="a voter that is not hardened"),
+        pytest.param({"members": {"magic": {}}}, "magic", id="a member no file defines"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:
+    document = load_recipe("smoke").model_dump(mode="json") | change
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(InvalidRecipe, match=says):
+        load_recipe(str(path))
+
+
+def test_a_members_fingerprint_ignores_the_other_members() -> None:
+    recipe = load_recipe("smoke")
+    members = dict(recipe.members)
+    members["edge"] = members["edge"].model_copy(update={"settings": {"clean_share": 0.5}})
+    changed = recipe.model_copy(update={"members": members})
+    assert changed.fingerprint("metric") == recipe.fingerprint("metric")
+    assert changed.fingerprint("edge") != recipe.fingerprint("edge")

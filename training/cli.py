@@ -1,0 +1,36 @@
+"""`phalanx-train`: from a data set to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from training import build, evaluate, export, train
+from training.checkpoint import StaleCheckpoint
+from training.data import InvalidData
+from training.recipe import InvalidRecipe
+
+COMMANDS = {"build": build, "train": train, "export": export, "evaluate": evaluate}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; an error of the caller's is one sentence on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="phalanx-train", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    runners: dict[str, Callable[[argparse.Namespace], int]] = {}
+    for name, module in COMMANDS.items():
+        described = (module.__doc__ or "").split(": ", 1)[1]
+        child = commands.add_parser(name, help=described, description=described)
+        module.add_arguments(child)
+        runners[name] = module.run
+    args = parser.parse_args(arguments)
+    try:
+        return runners[args.command](args)
+    except (InvalidRecipe, InvalidData, StaleCheckpoint) as error:
+        print(f"phalanx-train: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

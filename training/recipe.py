@@ -1,0 +1,133 @@
+"""A recipe: everything that decides what training produces, as YAML checked by pydantic."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from training.augment import Symmetry
+
+
+class Frozen(BaseModel):
+    """Settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecipe(Frozen):
+    """Which images, and which share of them does what."""
+
+    source: str = Field(description="a hub id, a folder that `datasets.load_dataset` reads, or a folder of class folders")
+    revision: str | None = Field(None, description="revision of the hub data set")
+    train: str = Field("train", description="split to train on")
+    test: str = Field("test", description="split that is only ever scored")
+    calibration: str | int = Field(
+        "validation", description="split of the detector tables, or how many training images to hold out"
+    )
+    held_out: float = Field(0.1, gt=0, lt=0.5, description="share of training images for early stopping, temperatures and weights")
+    split_seed: int = Field(42, description="seed of the stratified splits")
+    symmetry: Symmetry = Field("mirror", description="none, mirror (left-right), or dihedral (flips and right-angle rotations)")
+    shift: int = Field(2, ge=0, description="largest random shift in pixels")
+
+
+class AttackRecipe(Frozen):
+    """The inner attack of adversarial training: PGD from a random start, the last iterate."""
+
+    steps: int = Field(1, ge=1)
+    epsilon_factor: float = Field(1.0, gt=0, description="inner radius as a multiple of the recipe's epsilon")
+    step_factor: float = Field(1.25, gt=0, description="step as a multiple of the inner radius")
+
+
+class Schedule(Frozen):
+    """Optimisation: SGD with Nesterov momentum, one cycle of the learning rate, averaged weights."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(0.1, gt=0)
+    warm_up: float = Field(0.2, gt=0, lt=1, description="share of steps in which the learning rate rises")
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="decay of the weight average per step")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class MemberRecipe(Frozen):
+    """One member: its network, its defense's own settings, its schedule."""
+
+    network: dict[str, Any] = Field(default_factory=dict, description="settings of the network of this kind")
+    attack: AttackRecipe | None = Field(None, description="inner attack; absent: trained on clean images")
+    schedule: Schedule = Schedule()
+    settings: dict[str, float] = Field(default_factory=dict, description="weights of the defense's own loss terms")
+
+
+class CalibrationRecipe(Frozen):
+    """The quick attack under which temperatures and voting weights are fitted."""
+
+    images: int = Field(256, ge=10, description="held-out images attacked")
+    steps: int = Field(10, ge=1, description="steps of margin-PGD, one start")
+    rounds: int = Field(2, ge=1, description="how often the fitted systems are attacked afresh and fitted again")
+    clean_tolerance: float = Field(0.0, ge=0, description="how far clean accuracy may fall below the most robust member's")
+    robust_slack: float = Field(0.004, ge=0, description="robust accuracy that may be given up for clean accuracy")
+
+
+MemberKind = Literal["metric", "edge", "adversarial", "bayesian"]
+
+
+class Recipe(Frozen):
+    """A bundle's recipe. `epsilon` is the radius of the l-infinity ball in pixel units (4 means 4/255)."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
+    data: DataRecipe
+    epsilon: float = Field(gt=0, le=255)
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    members: dict[MemberKind, MemberRecipe] = Field(min_length=1)
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    licenses: dict[str, str] = Field(default_factory=dict, description="what is covered -> SPDX name, for the bundle's manifest")
+
+    @field_validator("members")
+    @classmethod
+    def _sorted(cls, members: dict[MemberKind, MemberRecipe]) -> dict[MemberKind, MemberRecipe]:
+        return dict(sorted(members.items()))
+
+    @model_validator(mode="after")
+    def _hardened(self) -> Recipe:
+        for name, member in self.members.items():
+            if name in ("metric", "edge", "adversarial") and member.attack is None:
+                raise ValueError(f"member {name} is hardened by adversarial training: give it an `attack:` section")
+        return self
+
+    def fingerprint(self, member: str) -> str:
+        """SHA-256 over all that decides this member's weights; a checkpoint of another fingerprint is not resumed."""
+        parts = (self.data, self.epsilon, self.seed, self.precision, member, self.members[member])  # type: ignore[index]
+        return hashlib.sha256(
+            "\n".join(p.model_dump_json() if isinstance(p, BaseModel) else repr(p) for p in parts).encode()
+        ).hexdigest()
+
+
+class InvalidRecipe(ValueError):
+    """A recipe that cannot be read, found or understood."""
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A recipe by the name of one that ships (`eurosat`, `fashion-mnist`, `smoke`) or by the path of a YAML file."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InvalidRecipe(f"no recipe file at {path}")
+        text = path.read_text(encoding="utf-8")
+    else:
+        shipped = resources.files("training") / "recipes"
+        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        if name_or_path not in names:
+            raise InvalidRecipe(f"no recipe {name_or_path!r}: shipped are {', '.join(names)}; or give the path of a .yaml file")
+        text = (shipped / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise InvalidRecipe(f"recipe {name_or_path} does not fit: {error}") from error

@@ -1,0 +1,81 @@
+"""`phalanx-train train`: the members of a recipe, one after the other or several processes at a time."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+
+from training.data import load_splits
+from training.loop import train_member
+from training.progress import Progress
+from training.recipe import load_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `phalanx-train train`."""
+    parser.add_argument("recipe", help="eurosat, fashion-mnist, smoke, or the path of a recipe's YAML file")
+    parser.add_argument("--data", help="a local folder, or another hub id, in place of the recipe's data source")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where checkpoints, curves and weights go (default: %(default)s)"
+    )
+    parser.add_argument("--members", nargs="+", metavar="NAME", help="train these only (default: all of the recipe's)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="members trained side by side, each in its own process (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of each process (default: the cores divided by --jobs)")
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    parser.add_argument("--devices", default="auto", help="how many devices, or auto; use torchrun for several GPUs")
+    parser.add_argument("--line", type=int, default=0, help=argparse.SUPPRESS)  # the terminal line of this process's bar
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; weights end up in `<runs>/<recipe>/<member>.safetensors`. Run again after a kill: it goes on."""
+    recipe = load_recipe(args.recipe)
+    kinds = list(recipe.members) if not args.members else args.members
+    unknown = [kind for kind in kinds if kind not in recipe.members]
+    if unknown:
+        raise SystemExit(f"recipe {recipe.name} has no member {', '.join(unknown)}; it has {', '.join(recipe.members)}")
+    threads = args.threads or max(1, (torch.get_num_threads()) // args.jobs)
+    if args.jobs > 1 and len(kinds) > 1:
+        return _side_by_side(args, kinds, threads)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=recipe.precision)
+    fabric.launch()
+    splits = load_splits(recipe.data, args.data)
+    for kind in kinds:
+        written = train_member(recipe, kind, splits, args.runs / recipe.name, fabric, Progress(position=args.line))
+        if fabric.is_global_zero:
+            print(f"{kind}: {written}")
+    return 0
+
+
+def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> int:
+    """Each member in a process of its own, `--jobs` at a time, the longest-waiting first."""
+    waiting, running, failed = list(enumerate(kinds)), dict[str, subprocess.Popen[bytes]](), list[str]()
+    command = [sys.executable, "-m", "training.cli", "train", args.recipe, "--runs", str(args.runs), "--threads", str(threads)]
+    command += ["--accelerator", args.accelerator, "--devices", args.devices] + (["--data", args.data] if args.data else [])
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                line, kind = waiting.pop(0)
+                running[kind] = subprocess.Popen([*command, "--members", kind, "--line", str(line)])
+            for kind, process in list(running.items()):
+                try:
+                    code = process.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    continue
+                del running[kind]
+                if code:
+                    failed.append(kind)
+    finally:
+        for process in running.values():
+            process.terminate()
+    if failed:
+        print(f"not trained: {', '.join(failed)}; what they have reached is kept, run the same command to go on", file=sys.stderr)
+    return 1 if failed else 0
