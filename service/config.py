@@ -100,6 +100,12 @@ def _disclosure(value: object) -> object:
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_all_defaults(cls, value: object) -> object:
+        """`full:` with nothing behind it is None in YAML, and meant as `full: {}`."""
+        return {} if value is None else value
+
 
 class TlsConfig(_Section):
     """PEM files of the server's certificate chain and of its private key."""

@@ -64,16 +64,16 @@ def read_source(path: Path) -> ConfigSource:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidConfig(f"{path}: cannot be read: {error}") from None
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         places = {where: f"{path}, line {line}" for where, line in _lines(root, (), str(path))} if root else {}
         values = loader.construct_document(root) if root else {}
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InvalidConfig(f"{path}{line}: not YAML: {error.problem or error.context}") from None
-    finally:
-        loader.dispose()
+    except yaml.YAMLError as error:  # a character that YAML forbids
+        raise InvalidConfig(f"{path}: not YAML: {error}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):

@@ -39,9 +39,7 @@ class Pixels:
 
 @dataclass(slots=True)
 class PixelBudget:
-    """How many pixels may be decoded: of one image, and of all images of a request together, as decoding costs CPU
-    time.
-    """
+    """How many pixels may be decoded, of one image and of a request's images together: decoding costs CPU time."""
 
     per_image: int = DEFAULT_MAX_PIXELS
     left: int | None = None
@@ -57,16 +55,18 @@ class PixelBudget:
 
 
 def decode_image(encoded: bytes, spec: InputSpec, budget: PixelBudget) -> Pixels:
-    """A PNG, JPEG or WebP file as pixels: EXIF orientation applied, alpha over black, grey expanded to RGB or RGB
-    reduced to grey.
-    """
+    """A PNG, JPEG or WebP file, upright, without alpha (it lies over black), in RGB or grey as the specification asks."""
     plugin = _plugin(encoded)
     try:
-        if plugin is WebPImageFile:  # its decoder allocates the canvas as soon as it is opened
-            budget.spend(*_webp_canvas(encoded))
+        # WebP's decoder allocates the canvas as soon as it is opened
+        canvas = _webp_canvas(encoded) if plugin is WebPImageFile else None
+        if canvas:
+            budget.spend(*canvas)
         with plugin(BytesIO(encoded)) as file:
-            if plugin is not WebPImageFile:
+            if not canvas:
                 budget.spend(*file.size)
+            elif file.size != canvas:
+                raise InvalidImage(f"expected {canvas} pixels as the header says, got {file.size}", "encoded")
             if plugin is PngImageFile:
                 _refuse_16_bits(encoded)
             upright = ImageOps.exif_transpose(file)
@@ -81,9 +81,7 @@ def decode_image(encoded: bytes, spec: InputSpec, budget: PixelBudget) -> Pixels
 
 
 def raw_image(pixels: bytes, height: int, width: int, channels: int, spec: InputSpec) -> Pixels:
-    """uint8 pixels, row by row, the channels of a pixel side by side; a view of `pixels` where nothing has to be
-    resized.
-    """
+    """uint8 pixels, row by row, a pixel's channels side by side; a view of `pixels` where nothing has to be resized."""
     if channels != spec.channels:
         raise InvalidImage(f"expected {spec.channels} channels, got {channels}", "raw.channels")
     if height < 1 or width < 1:

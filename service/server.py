@@ -83,10 +83,8 @@ class Server:
         log.info("stopped")
 
     def _add_servicers(self) -> Health:
-        native, open_inference = (
-            DefenseEnsembleServicer(self._gate),
-            OpenInferenceServicer(self._gate, self._config.batching),
-        )
+        native = DefenseEnsembleServicer(self._gate)
+        open_inference = OpenInferenceServicer(self._gate, self._config.batching)
         defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, self._server)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self._server)
         add_reflection(self._server)

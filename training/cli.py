@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from models.bundle import InvalidBundle
 from training import build, evaluate, export, train
 from training.checkpoint import StaleCheckpoint
 from training.data import InvalidData
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return runners[args.command](args)
-    except (InvalidRecipe, InvalidData, StaleCheckpoint) as error:
+    except (InvalidRecipe, InvalidData, InvalidBundle, StaleCheckpoint) as error:
         print(f"phalanx-train: {error}", file=sys.stderr)
         return 2
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from models.bundle import Bundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble, RuleName, decide
 from training.attacks import Logits, margin_pgd, to_uint8
 from training.data import Images, load_splits
-from training.recipe import Recipe
+from training.recipe import DataRecipe
 from training.step import step_generator
 from training.system import Members, load_networks, log_probabilities
 
@@ -73,30 +74,29 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bundle = read_bundle(args.bundle)
-    recipe = Recipe.model_validate(bundle.manifest.provenance.recipe)
-    splits = load_splits(recipe.data, args.data)
+    provenance = bundle.manifest.provenance
+    splits = load_splits(DataRecipe.model_validate(provenance.recipe["data"]), args.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     members = Members(load_networks(bundle, device), bundle.manifest.masks.seed)
     names = [*members.networks, "full"]
     if unknown := [name for name in args.systems or () if name not in names]:
         raise SystemExit(f"no system {', '.join(unknown)}; there are {', '.join(names)}")
 
-    _say(f"bundle {bundle.manifest.name} {bundle.manifest.version}, commit {bundle.manifest.provenance.commit}, seed {args.seed}")
+    _say(f"bundle {bundle.manifest.name} {bundle.manifest.version}, commit {provenance.commit}, seed {args.seed}")
     clean = clean_figures(bundle, members, splits.test)
-    _say(f"\nclean, test split (n = {len(splits.test)})")
-    for name, accuracy in clean.items():
-        _say(f"  {name:<12} {accuracy:.4f}")
+    _say(f"\nclean, test split (n = {len(splits.test)}): accuracy, expected calibration error of the confidence")
+    for name, (accuracy, calibration_error) in clean.items():
+        _say(f"  {name:<12} {accuracy:.4f} {calibration_error:.4f}")
     rejections = rejection_figures(bundle, members, splits.test)
     _say("\nclean rejections, test split: at a rate of 5%, at 1%")
     for name, (five, one) in rejections.items():
         _say(f"  {name:<12} {five:.4f} {one:.4f}")
 
     chosen = np.random.default_rng(args.seed).permutation(len(splits.test))[: args.images]
-    attack = Attack(members, recipe.epsilon, args.steps, args.restarts, args.seed)
-    _say(
-        f"\nl-infinity, epsilon = {recipe.epsilon:g}/255, margin-PGD-{args.steps}, {args.restarts} starts, attacker knows weights,"
-        f" rule and masks; no rejection (n = {len(chosen)})\n  {'system':<12} clean  direct transfer  uint8  95% interval"
-    )
+    attack = Attack(members, provenance.epsilon, args.steps, args.restarts, args.seed)
+    attacker = f"margin-PGD-{args.steps}, {args.restarts} starts, attacker knows weights, rule and masks; no rejection"
+    _say(f"\nl-infinity, epsilon = {provenance.epsilon:g}/255, {attacker} (n = {len(chosen)})")
+    _say(f"  {'system':<12} clean  direct transfer  uint8  95% interval")
     found = []
     for row in robustness(bundle, attack, splits.test.take(chosen), args.systems or names):
         low, high = row.interval
@@ -119,14 +119,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def clean_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, float]:
-    """Accuracy on clean test images of every member alone and of `full`."""
-    found = {
-        name: float((logits.argmax(1).cpu().numpy() == test.labels).mean())
-        for name, logits in members.logits_on(test.pixels).items()
+def clean_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, tuple[float, float]]:
+    """(accuracy, expected calibration error in 15 bins) on clean test images, of every member's vote and of `full`."""
+    temperatures = {member.name: member.temperature for member in bundle.manifest.members}
+    full = log_probabilities(compose(bundle, EnsembleChoice(name="full")), members)
+    with torch.inference_mode():
+        votes = {name: (logits / temperatures[name]).softmax(1).cpu() for name, logits in members.logits_on(test.pixels).items()}
+        votes["full"] = torch.cat([full(part).exp().cpu() for part in _parts(test.pixels)])
+    labels, k = torch.from_numpy(test.labels), len(bundle.manifest.classes)
+    return {
+        name: (
+            float(multiclass_accuracy(vote, labels, k, average="micro")),
+            float(multiclass_calibration_error(vote, labels, k, n_bins=15)),
+        )
+        for name, vote in votes.items()
     }
-    found["full"] = _accuracy(log_probabilities(compose(bundle, EnsembleChoice(name="full")), members), test)
-    return found
 
 
 def rejection_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, tuple[float, float]]:

@@ -30,6 +30,7 @@ def describe(served: Served, gate: Gate) -> pb.Ensemble:
             max_images_per_request=limits.max_images_per_request,
             max_message_bytes=limits.max_message_bytes,
             max_image_pixels=limits.max_image_pixels,
+            max_request_pixels=limits.max_request_pixels,
         ),
     )
 

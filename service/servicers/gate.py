@@ -1,6 +1,4 @@
-"""Where every call comes in and goes out: counted, admitted, led to its ensemble, and its errors answered from the one
-table.
-"""
+"""Where every call comes in and goes out: counted, admitted, led to its ensemble, its errors looked up in the table."""
 
 from __future__ import annotations
 
@@ -70,11 +68,11 @@ class Gate:
         self._failures = threading.Lock()
         self._places = threading.BoundedSemaphore(limits.max_concurrent_calls)
 
-    def find(self, name: str, field: str = "ensemble") -> Served:
+    def find(self, name: str) -> Served:
         """The ensemble of this name; the default one for no name."""
         served = self.served.get(name) if name else self.default
         if served is None:
-            raise UnknownName("ensemble", name, self.served, field)
+            raise UnknownName("ensemble", name, self.served, "ensemble")
         return served
 
     def answer(self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[], Answer]) -> Answer:

@@ -225,7 +225,7 @@ def test_disagreement_runs_from_0_to_the_logarithm_of_the_number_of_voters() -> 
     np.testing.assert_allclose(divergence(opposed, 1), np.log(3), atol=1e-12)
 
 
-@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-5])
 def test_scores_of_votes_that_nearly_agree_are_not_rounding_errors(distance: float) -> None:
     """In float32; the difference of entropies is off by its own size from a distance of 1e-3 on."""
     logits = np.random.default_rng(0).normal(0, 1, (1, 200, K)) + distance * np.random.default_rng(1).normal(size=(T, 200, K))

@@ -115,13 +115,14 @@ def test_back_ends_agree(rule: RuleName, shape: str, inputs: Callable[[], Output
 
 @pytest.mark.parametrize("rule", RuleName)
 def test_back_ends_rank_all_images_alike_when_they_are_those_of_the_calibration(rule: RuleName) -> None:
-    """Every score ties with one in the table: the hardest case for p-values."""
+    """Every score is next to one in the table, where the last bit decides about a rank: one, and no more."""
     under_test = ensemble(rule)
     outputs = random_outputs(199, seed=99)
     expected = on_numpy(under_test, outputs)
     for other in (on_torch(under_test, outputs), onnx_rule(rule, "four members")(outputs)):
-        assert_alike(under_test, expected, other)
-        np.testing.assert_allclose(other.p_values, expected.p_values, atol=2.5 / 200)
+        np.testing.assert_array_equal(other.label, expected.label)
+        np.testing.assert_allclose(other.p_values, expected.p_values, atol=1.01 / 200)
+        np.testing.assert_allclose(other.p_value, expected.p_value, atol=0.05)
 
 
 @pytest.mark.parametrize("rule", RuleName)

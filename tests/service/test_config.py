@@ -120,6 +120,7 @@ def test_what_kubernetes_injects_for_a_service_called_phalanx_is_not_ours() -> N
         pytest.param("tls: {certificate: a.pem}", "tls.key: Field required", id="a certificate without its key"),
         pytest.param("listen: a:1\nlisten: b:2", "line 2: `listen` was already given on line 1", id="a key given twice"),
         pytest.param("a: [", r"phalanx.yaml, line \d: not YAML", id="not YAML"),
+        pytest.param("a: \x01", "phalanx.yaml: not YAML: .*special characters", id="a control character"),
         pytest.param("- a", "expected keys and values", id="a list"),
         pytest.param("device: {provider: tpu}", "device.provider: .*'cuda'", id="an unknown provider"),
     ],
@@ -163,6 +164,12 @@ def test_a_public_address_with_permission(tmp_path: Path, permission: str) -> No
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"none\.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml", environment={})
+
+
+def test_a_section_with_nothing_in_it_is_all_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "ensembles:\n  full:\n  other:\nbatching:\n"), environment={})
+    assert list(config.ensembles) == ["full", "other"]
+    assert config.batching == load_config(environment={}).batching
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
