@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     fabric.launch()
     splits = load_splits(recipe.data, args.data)
     for kind in kinds:
-        written = train_member(recipe, kind, splits, args.runs / recipe.name, fabric, Progress(position=args.line))
+        progress = Progress(sys.stderr if fabric.is_global_zero else io.StringIO(), args.line)
+        written = train_member(recipe, kind, splits, args.runs / recipe.name, fabric, progress)
         if fabric.is_global_zero:
             print(f"{kind}: {written}")
     return 0
