@@ -2,9 +2,12 @@
 
     python -m benchmarks.overhead
 
-Three figures are taken in turns, several times over: a Phalanx server (calls one after the other, batcher on, full
-disclosure); the bare graph, run in a loop in this process with the same session settings; and a bare gRPC server that
-parses the same message and sends it back. Printed is (server - graph) / echo.
+Three things are done in turns, over and over: a call to a Phalanx server (batcher on, full disclosure); a run of the bare
+graph, by this process, in a session like the server's; and a call to a bare gRPC server that parses the same message and
+sends it back. Printed is (server - graph) / echo.
+
+In turns, call by call, because a run of the graph leaves nothing else in the processor's caches: whatever comes after it,
+gRPC included, takes twice the time that it takes in a loop of its own. --slice 100 measures such loops instead.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 import yaml
 
 from benchmarks import echo
-from benchmarks.serving import await_serving, image_shape, phalanx, provenance, random_images, request, simple
+from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, request, simple
 from models.bundle import read_bundle
 from models.masks import draw_masks
 from service.config import ServiceConfig
@@ -31,10 +34,7 @@ from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
-SLICE = 100  # calls; the clock of another process ticks every 10 ms, so not many fewer
-
 Call = Callable[[], object]
-Clock = Callable[[], float]
 
 
 def main() -> None:
@@ -42,9 +42,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
     parser.add_argument("--calls", type=int, default=2000, help="calls per round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slice", type=int, default=1, help="calls in a row before it is the next one's turn")
     given = parser.parse_args()
     config = yaml.safe_load(given.config.read_text()) if given.config else {}
-    print(f"{given.rounds} rounds of {given.calls} calls, one image of raw pixels each, seed 0; {provenance()}")
+    print(f"{given.rounds} rounds of {given.calls} calls after a warm-up, one image of raw pixels each, seed 0; {provenance()}")
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -60,13 +61,11 @@ def main() -> None:
             classify = pb_grpc.DefenseEnsembleStub(to_server).Classify
             bounce = to_bare.unary_unary(echo.METHOD, pb.ClassifyRequest.SerializeToString, pb.ClassifyRequest.FromString)
             bounce(message, wait_for_ready=True)
-            measured = {
-                "server": (lambda: classify(message), lambda: server.cpu_seconds),
-                "graph": (graph, time.process_time),
-                "echo": (lambda: bounce(message), lambda: bare.cpu_seconds),
-            }
-            rounds = [per_call(measured, given.calls) for _ in range(given.rounds + 1)][1:]  # the first warms up
-    report(rounds, len(message.SerializeToString()))
+            rounds = [
+                one_round(server, bare, lambda: classify(message), lambda: bounce(message), graph, given.calls, given.slice)
+                for _ in range(given.rounds + 1)
+            ]
+    report(rounds[1:], len(message.SerializeToString()))
 
 
 def bare_graph(config: Mapping[str, Any], cache: Path, image: np.ndarray[Any, np.dtype[np.uint8]]) -> Callable[[], object]:
@@ -82,16 +81,22 @@ def bare_graph(config: Mapping[str, Any], cache: Path, image: np.ndarray[Any, np
     return lambda: session.run(None, feeds)
 
 
-def per_call(measured: Mapping[str, tuple[Call, Clock]], calls: int) -> dict[str, float]:
-    """CPU time of each in microseconds, over slices of calls in turns: what else the machine does meets all of them alike."""
-    spent = dict.fromkeys(measured, 0.0)
-    for _ in range(calls // SLICE):
-        for name, (call, cpu_seconds) in measured.items():
-            before = cpu_seconds()
-            for _ in range(SLICE):
+def one_round(
+    server: Process, bare: Process, classify: Call, bounce: Call, graph: Call, calls: int, in_a_row: int
+) -> dict[str, float]:
+    """CPU time of each in microseconds per call. Each process works for nobody else meanwhile."""
+    before = server.cpu_seconds, bare.cpu_seconds
+    computing = 0.0
+    for _ in range(calls // in_a_row):
+        for call in (classify, bounce):
+            for _ in range(in_a_row):
                 call()
-            spent[name] += cpu_seconds() - before
-    return {name: seconds / (calls // SLICE * SLICE) * 1e6 for name, seconds in spent.items()}
+        began = time.thread_time()  # the session has no other thread
+        for _ in range(in_a_row):
+            graph()
+        computing += time.thread_time() - began
+    seconds = {"server": server.cpu_seconds - before[0], "graph": computing, "echo": bare.cpu_seconds - before[1]}
+    return {name: spent / (calls // in_a_row * in_a_row) * 1e6 for name, spent in seconds.items()}
 
 
 def report(rounds: list[dict[str, float]], message_bytes: int) -> None:

@@ -91,9 +91,7 @@ def _siblings(path: Path) -> list[Path]:
         entries = sorted(path.parent.iterdir())
     except OSError:
         return []
-    return [
-        entry for entry in entries if entry.name.startswith(f".{path.name}.") and entry.suffix in (PARTIAL, PREVIOUS)
-    ]
+    return [entry for entry in entries if entry.name.startswith(f".{path.name}.") and entry.suffix in (PARTIAL, PREVIOUS)]
 
 
 @contextmanager

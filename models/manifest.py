@@ -112,9 +112,7 @@ class MemberManifest(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (
-            self.centers and self.stochastic
-        ):  # the average over masks of such logits is kept as probabilities, not distances
+        if self.centers and self.stochastic:  # the average over masks of such logits is kept as probabilities, not distances
             raise ValueError("expected centers or masks, got both")
         return self
 
@@ -205,9 +203,7 @@ class Manifest(_Frozen):
         got = [row.classifiers for row in self.subsets]
         _refuse_twice("subsets", ["+".join(row) for row in got])
         if missing := sorted(expected - set(got)):
-            raise ValueError(
-                f"expected subsets: all {len(expected)} of the classifiers, got none for {'+'.join(missing[0])}"
-            )
+            raise ValueError(f"expected subsets: all {len(expected)} of the classifiers, got none for {'+'.join(missing[0])}")
         if unknown := sorted(set(got) - expected):
             raise ValueError(f"expected subsets: of {', '.join(self.classifiers)}, got {'+'.join(unknown[0])}")
         return self

@@ -115,9 +115,7 @@ class Samples:
         return save({"images": self.images, "labels": self.labels, **answers})
 
     @classmethod
-    def from_bytes(
-        cls, file: str, data: bytes, members: Iterable[MemberManifest], image: InputSpec, classes: int, m: int
-    ) -> Self:
+    def from_bytes(cls, file: str, data: bytes, members: Iterable[MemberManifest], image: InputSpec, classes: int, m: int) -> Self:
         names = [member.name for member in members]
         layout: Layout = {"images": ("uint8", (m, *image.shape)), "labels": ("int16", (m,))}
         layout |= {f"expected.{name}": ("float32", (m, classes)) for name in names}

@@ -86,9 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="clean images as PNG, JPEG or WebP, at any depth")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="NEW", help="where the new bundle goes")
     parser.add_argument("--replace", action="store_true", help="replace the bundle at NEW, in one step")
-    parser.add_argument(
-        "--limit", type=int, default=LIMIT, help="use at most this many images, drawn at random (%(default)s)"
-    )
+    parser.add_argument("--limit", type=int, default=LIMIT, help="use at most this many images, drawn at random (%(default)s)")
     parser.add_argument(
         "--reject-rate",
         type=float,
@@ -108,9 +106,7 @@ def run(args: argparse.Namespace) -> int:
         images = image_folder(bundle, args.folder, args.limit)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=said) as progress:
-            parts = calibrate(
-                bundle, images, f"folder {args.folder.resolve().name!r}", args.reject_rate, args.threads, progress
-            )
+            parts = calibrate(bundle, images, f"folder {args.folder.resolve().name!r}", args.reject_rate, args.threads, progress)
         new = _written(args.output, parts)
     except (CalibrationRefused, InvalidBundle, OSError) as error:
         said.print(Text(f"phalanx calibrate: {error}", style="red"))
@@ -129,9 +125,7 @@ def run(args: argparse.Namespace) -> int:
 def image_folder(bundle: Bundle, folder: Path, limit: int = LIMIT) -> ImageFolder:
     """The images below `folder`; shuffled, so that images which share a draw of fresh masks are not also neighbours."""
     if not folder.is_dir():
-        raise CalibrationRefused(
-            f"{folder}: expected a folder of images, got {'a file' if folder.exists() else 'nothing'}"
-        )
+        raise CalibrationRefused(f"{folder}: expected a folder of images, got {'a file' if folder.exists() else 'nothing'}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     random.Random(bundle.manifest.masks.seed).shuffle(files)
     return ImageFolder(files[: max(limit, 0)], bundle.manifest.classes, bundle.manifest.input)

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Images = NDArray[np.uint8]  # (n, height, width, channels)
 Floats = NDArray[np.float32]
+Outputs = list[NDArray[Any]]  # one for every column of a decision
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TOLERANCE = 1e-3  # of a probability: back ends differ by far less, another model by far more
@@ -42,16 +45,38 @@ class Run:
     masks_seed: int | None
 
 
-class Engine:
-    """Classifies batches of images. Safe to share between threads, though one batcher is its only caller."""
+class ComputeThreads:
+    """The threads that compute, for all engines of a process together: as many as cores, however many ensembles."""
 
-    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig) -> None:
-        """`graph` is the fused graph of `ensemble` over `bundle`.
+    def __init__(self, count: int = 0) -> None:
+        """`count` 0: as many as this process may use cores."""
+        self.count = count or cores()
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
+
+    def map(self, work: Callable[[Images], Outputs], parts: Sequence[Images]) -> list[Outputs]:
+        return list(self._pool.map(work, parts))
+
+    def close(self) -> None:
+        """Nothing can be computed any more."""
+        self._pool.shutdown()
+
+
+class Engine:
+    """Classifies batches of images; safe to share between threads.
+
+    On the CPU a batch is divided among threads, each of which runs the whole graph on its part. Threads that share every
+    convolution instead, as ONNX Runtime has it, wait for each other some thirty times a run: two of them gained nothing
+    below batches of 64, at a third more CPU, unless they waited in a busy loop.
+    """
+
+    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, threads: ComputeThreads) -> None:
+        """`graph` is the fused graph of `ensemble` over `bundle`; `threads` may be those of other engines, too.
 
         Raises ProviderUnavailable, or InvalidBundle where the self-test fails.
         """
         manifest = bundle.manifest
         self.input_shape = manifest.input.shape  # (height, width, channels)
+        self._threads = threads
         self._session = open_session(graph, device)
         self.provider: str = self._session.get_providers()[0]
         _check_provider(self.provider, device)
@@ -65,16 +90,19 @@ class Engine:
     def run(self, images: Images, masks_seed: int | None = None) -> Run:
         """Classify images (n, h, w, c) in one run; the `masks_seed` of an earlier answer repeats that answer."""
         if self._masks_spec is None:
-            return Run(Decision(*self._session.run(_COLUMNS, {"image": images})), None)
-        if masks_seed is None and self._fresh:
-            masks_seed = secrets.randbits(63)  # not to be foreseen by whoever crafts an image
-        masks = self._fixed if masks_seed is None else self._draw(masks_seed)
-        outputs = self._session.run(_COLUMNS, {"image": images, "masks": masks})
-        return Run(Decision(*outputs), self._masks_seed if masks_seed is None else masks_seed)
+            return Run(self._decide(images, {}), None)
+        if masks_seed is None:  # a fresh seed is not to be foreseen by whoever crafts an image
+            masks_seed = secrets.randbits(63) if self._fresh else self._masks_seed
+        masks = self._fixed if masks_seed == self._masks_seed else self._draw(masks_seed)
+        return Run(self._decide(images, {"masks": masks}), masks_seed)
 
-    def run_fixed(self, images: Images) -> Decision:
-        """With the bundle's own masks, whatever the mode."""
-        return self.run(images, self._masks_seed).decision
+    def _decide(self, images: Images, masks: dict[str, Any]) -> Decision:
+        shares = 1 if self.provider == CUDA else min(len(images), self._threads.count)
+        if shares == 1:
+            return Decision(*self._session.run(_COLUMNS, {"image": images} | masks))
+        run = self._session.run
+        parts = self._threads.map(lambda part: run(_COLUMNS, {"image": part} | masks), np.array_split(images, shares))
+        return Decision(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _draw(self, seed: int) -> Floats | None:
         spec = self._masks_spec
@@ -93,12 +121,9 @@ def cores() -> int:
 
 def open_session(graph: bytes, device: DeviceConfig) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = device.threads or cores()
-    options.inter_op_num_threads = 1
-    # Threads that wait in a busy loop take their core from the next session, and from the handlers.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # An arena keeps the memory of its largest batch for good, the pattern planner plans it larger still: 86 MB for a session
-    # that has seen one batch of 64, against 3% of that batch's time. malloc gives it back.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # see Engine
+    # An arena keeps the memory of its largest batch for good, and the pattern planner plans it larger still: 86 MB for a
+    # session that has seen one batch of 64, against some 3% of that batch's time.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.log_severity_level = 3
     providers: list[Any] = [CPU]
@@ -129,7 +154,7 @@ def _check_provider(provider: str, device: DeviceConfig) -> None:
 
 def _self_test(engine: Engine, bundle: Bundle, ensemble: Ensemble) -> None:
     """Every member present must answer the bundle's samples as it did when the bundle was made."""
-    decision = engine.run_fixed(bundle.samples.images)
+    decision = engine.run(bundle.samples.images, bundle.manifest.masks.seed).decision
     temperature = {voter.name: voter.temperature for voter in ensemble.voters}
     for name in ensemble.members:
         member, expected = bundle.manifest.member(name), bundle.samples.expected[name]

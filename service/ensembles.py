@@ -18,7 +18,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble
 from service.batcher import Batcher
 from service.config import ServiceConfig
-from service.engine import Engine
+from service.engine import ComputeThreads, Engine
 from service.graph_cache import GraphCache, user_cache
 from service.metrics import EnsembleMetrics, Metrics
 
@@ -37,9 +37,10 @@ class LoadedEnsemble:
 class Ensembles(Mapping[str, LoadedEnsemble]):
     """By name, in the order of the config; the first is the default."""
 
-    def __init__(self, bundle: Bundle, loaded: Mapping[str, LoadedEnsemble]) -> None:
+    def __init__(self, bundle: Bundle, loaded: Mapping[str, LoadedEnsemble], threads: ComputeThreads) -> None:
         self.bundle = bundle  # without the members' files, which nobody needs once the graphs are loaded
         self._loaded = MappingProxyType(dict(loaded))
+        self._threads = threads
 
     @property
     def default(self) -> LoadedEnsemble:
@@ -59,7 +60,10 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
         end = None if timeout is None else time.monotonic() + timeout
         with ThreadPoolExecutor(len(self)) as pool:  # together: no queue takes work while another is being emptied
             drained = pool.map(lambda each: each.batcher.drain(end and max(0.0, end - time.monotonic())), self.values())
-            return all(list(drained))
+            finished = all(list(drained))
+        if finished:
+            self._threads.close()
+        return finished
 
     def close(self) -> None:
         """Stop now; what is queued fails."""
@@ -76,16 +80,20 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
     cache = GraphCache(user_cache(os.environ)) if cache is None else cache
     bundle = read_bundle(config.bundle_path, weights=False)
-    ready: list[tuple[Ensemble, Engine]] = []
-    for name in config.ensembles:
-        ensemble = compose_named(bundle, config, name)
-        ready.append((ensemble, Engine(cache.fused(bundle, ensemble), bundle, ensemble, config.device)))
+    threads = ComputeThreads(config.device.threads)
+    try:
+        ready: list[tuple[Ensemble, Engine]] = []
+        for name in config.ensembles:
+            ensemble = compose_named(bundle, config, name)
+            ready.append((ensemble, Engine(cache.fused(bundle, ensemble), bundle, ensemble, config.device, threads)))
+    except BaseException:
+        threads.close()
+        raise
     loaded = {ensemble.name: _start(ensemble, engine, config, metrics) for ensemble, engine in ready}
     metrics.describe_bundle(bundle.manifest.name, bundle.manifest.version)
-    del ready
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
-    return Ensembles(bundle, loaded)
+    return Ensembles(bundle, loaded, threads)
 
 
 def compose_named(bundle: Bundle, config: ServiceConfig, name: str) -> Ensemble:

@@ -71,9 +71,7 @@ def as_tables(inspection: Inspection) -> RenderableType:
     if inspection.problem:
         verdict = Text(f"INVALID  {inspection.problem}", style="bold red")
     else:
-        verdict = Text(
-            f"valid: all {len(inspection.files)} hashes agree, graphs and tensors are as declared", "bold green"
-        )
+        verdict = Text(f"valid: all {len(inspection.files)} hashes agree, graphs and tensors are as declared", "bold green")
     if inspection.manifest is None:
         return verdict
     manifest = inspection.manifest
@@ -99,9 +97,7 @@ def _about(manifest: Manifest) -> Table:
 
 
 def _members(manifest: Manifest) -> Table:
-    table = _table(
-        "members", "name", "network", "strength", "roles", ">temperature", ">parameters", "masks", "distances"
-    )
+    table = _table("members", "name", "network", "strength", "roles", ">temperature", ">parameters", "masks", "distances")
     for member in manifest.members:
         masks = member.stochastic
         _row(
@@ -119,9 +115,7 @@ def _members(manifest: Manifest) -> Table:
 
 
 def _subsets(manifest: Manifest) -> Table:
-    table = _table(
-        "fitted under attack, for each subset of classifiers", "weights", "rule", "α", "s", "clean", "robust", "n"
-    )
+    table = _table("fitted under attack, for each subset of classifiers", "weights", "rule", "α", "s", "clean", "robust", "n")
     for subset in sorted(manifest.subsets, key=lambda row: (-len(row.classifiers), row.classifiers)):
         _row(
             table,
@@ -162,9 +156,7 @@ def _provenance(manifest: Manifest) -> Table:
 
 
 def _pairs(title: str, pairs: dict[str, str]) -> Table:
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)
-    )
+    table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
     for name, value in pairs.items():
         _row(table, name, value)
     return table

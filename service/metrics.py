@@ -40,9 +40,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self._in_flight = Gauge(
-            "phalanx_in_flight_requests", "Requests being answered.", by_call, registry=self.registry
-        )
+        self._in_flight = Gauge("phalanx_in_flight_requests", "Requests being answered.", by_call, registry=self.registry)
         self._errors = Counter(
             "phalanx_errors", "Requests not answered OK, by gRPC code.", (*by_call, "code"), registry=self.registry
         )
@@ -59,13 +57,9 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self._batch = Histogram(
-            "phalanx_batch_images", "Images in one run.", ("ensemble",), buckets=IMAGES, registry=self.registry
-        )
+        self._batch = Histogram("phalanx_batch_images", "Images in one run.", ("ensemble",), buckets=IMAGES, registry=self.registry)
         self._depth = Gauge("phalanx_queue_images", "Images waiting for a run.", ("ensemble",), registry=self.registry)
-        self._bundle = Gauge(
-            "phalanx_bundle_info", "Always 1; the bundle served.", ("bundle", "version"), registry=self.registry
-        )
+        self._bundle = Gauge("phalanx_bundle_info", "Always 1; the bundle served.", ("bundle", "version"), registry=self.registry)
         self._provider = Gauge(
             "phalanx_provider_info",
             "Always 1; the execution provider that the session really has.",

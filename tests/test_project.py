@@ -52,9 +52,7 @@ def needed(requirements: list[str]) -> Iterator[Distribution]:
 def run(*command: object, cwd: Path = REPOSITORY) -> str:
     """What the command printed; a failure shows what it complained about."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PHALANX", "MAKE"))}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -116,9 +114,7 @@ for package in (service, models):
 assert not {"torch", "training", "datasets"} & set(sys.modules), "serving imported what only training may"
 print(service.__file__)
 """
-    assert Path(run(installed / "python", "-W", "error", "-c", code, cwd=tmp_path).strip()).is_relative_to(
-        installed.parent
-    )
+    assert Path(run(installed / "python", "-W", "error", "-c", code, cwd=tmp_path).strip()).is_relative_to(installed.parent)
 
 
 def test_the_console_command_explains_itself(installed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -60,11 +61,30 @@ def pixels(seed: int = 0, size: int = 8) -> RawPixels:
     return RawPixels.from_array(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
+def assert_alike(one: object, other: object) -> None:
+    """The same answer, but for what a batch of another size changes in the last digits of a float."""
+    assert isinstance(one, Classification)
+    assert isinstance(other, Classification)
+    for each in fields(Classification):
+        assert _numbers(getattr(one, each.name)) == pytest.approx(_numbers(getattr(other, each.name)), abs=1e-5), each.name
+
+
+def _numbers(value: object) -> list[object]:
+    """Everything in a value, without its nesting."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    if is_dataclass(value):
+        return [number for each in fields(value) for number in _numbers(getattr(value, each.name))]
+    return [value]
+
+
 def test_paths_bytes_and_pixels_are_classified_together(client: Client) -> None:
     answer = client.classify(TILE, str(TILE), TILE.read_bytes(), pixels())
     first, *others, raw = answer.results
     assert isinstance(first, Classification)
-    assert others == [first, first]
+    assert len(others) == 2
+    for other in others:
+        assert_alike(first, other)
     assert isinstance(raw, Classification)
     assert (first.resized, raw.resized) == (True, False)
     assert answer.ensemble == "full"
@@ -117,7 +137,7 @@ def test_a_stream_keeps_order_and_ids_and_survives_a_bad_image(client: Client) -
     assert [i for i, answer in enumerate(answers) if isinstance(answer.result, ImageError)] == [3]
     for (_, image), answer in zip(images, answers, strict=True):
         if isinstance(image, RawPixels):
-            assert answer.result == client.classify(image, ensemble="no-bayesian").results[0]
+            assert_alike(answer.result, client.classify(image, ensemble="no-bayesian").results[0])
 
 
 def test_a_stream_may_be_left_early(client: Client) -> None:
@@ -134,8 +154,14 @@ def test_a_stream_may_be_left_early(client: Client) -> None:
 def test_what_the_callers_images_raise_is_raised_to_the_caller(client: Client) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         list(client.classify_stream([("there", pixels()), ("not there", "nowhere.png")]))
-    with pytest.raises(PhalanxError, match="NOT_FOUND"):
-        list(client.classify_stream([("x", pixels())], ensemble="nobody"))
+
+
+def test_an_unknown_ensemble_fails_the_request_and_not_the_stream(client: Client) -> None:
+    (answer,) = client.classify_stream([("x", pixels())], ensemble="nobody")
+    assert answer.id == "x"
+    assert isinstance(answer.result, ImageError)
+    assert (answer.result.code, answer.result.field) == (grpc.StatusCode.NOT_FOUND.value[0], "ensemble")
+    assert "'nobody'" in answer.result.message
 
 
 def test_ensembles_are_described(client: Client) -> None:
@@ -160,9 +186,7 @@ def test_ensembles_are_described(client: Client) -> None:
         pytest.param(np.zeros((1, 2, 2, 3), np.uint8), r"got uint8 \(1, 2, 2, 3\)", id="a batch"),
     ],
 )
-def test_an_array_that_is_no_image_is_refused(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], sentence: str
-) -> None:
+def test_an_array_that_is_no_image_is_refused(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         RawPixels.from_array(array)
 

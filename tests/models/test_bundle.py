@@ -51,9 +51,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_what_is_made_of_a_bundle_again_is_the_same_bundle(tiny: Path, tmp_path: Path) -> None:
     bundle = read_bundle(tiny)
     assert write_bundle(tmp_path / "again", bundle.parts()).manifest == bundle.manifest
-    assert {f.name: f.read_bytes() for f in tiny.iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()
-    }
+    assert {f.name: f.read_bytes() for f in tiny.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()}
 
 
 def test_the_version_follows_the_content_but_not_the_clock(tiny: Path, tmp_path: Path) -> None:

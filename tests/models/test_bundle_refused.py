@@ -273,9 +273,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"bayesian\.onnx: masks: expected float32 \(any, 8\), got float32 \(any, 16\)",
     ),
     "calibration outputs of nine classes": (
-        _tensors(
-            "calibration.safetensors", lambda t: t.update({"edge.log_softmax": t["edge.log_softmax"][:, :9].copy()})
-        ),
+        _tensors("calibration.safetensors", lambda t: t.update({"edge.log_softmax": t["edge.log_softmax"][:, :9].copy()})),
         r"calibration\.safetensors: edge\.log_softmax: expected float16 \(200, 10\), got float16 \(200, 9\)",
     ),
     "calibration outputs of a member missing": (
@@ -287,9 +285,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         r"calibration\.safetensors: unexpected tensor zebra",
     ),
     "a calibration output that is not finite": (
-        _tensors(
-            "calibration.safetensors", lambda t: t.update({"bayesian.variance": np.full(200, np.nan, np.float32)})
-        ),
+        _tensors("calibration.safetensors", lambda t: t.update({"bayesian.variance": np.full(200, np.nan, np.float32)})),
         r"calibration\.safetensors: bayesian\.variance: expected finite values",
     ),
     "fewer calibration images than declared": (

@@ -20,7 +20,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Decision
 from service.batcher import Batcher, DeadlineExceeded, Draining, QueueFull, Result
 from service.config import BatchingConfig, DeviceConfig
-from service.engine import Engine, Images, Run
+from service.engine import ComputeThreads, Engine, Images, Run
 from service.graph import build_graph
 from service.metrics import Metrics
 from tests.bundles import random_images, write_tiny_bundle
@@ -35,6 +35,7 @@ class GatedEngine:
         self._engine = engine
         self.input_shape = engine.input_shape
         self.runs: list[int] = []  # images in each
+        self.callers: set[int] = set()  # threads
         self.entered = threading.Semaphore(0)  # once for every run that began
         self.gate = threading.Event()
         self.gate.set()
@@ -42,6 +43,7 @@ class GatedEngine:
 
     def run(self, images: Images) -> Run:
         self.runs.append(len(images))
+        self.callers.add(threading.get_ident())
         self.entered.release()
         assert self.gate.wait(SECONDS)
         if self.error is not None:
@@ -66,14 +68,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return read_bundle(write_tiny_bundle(tmp_path_factory.mktemp("batcher") / "bundle"))
 
 
-def load(bundle: Bundle, **choice: Any) -> Engine:
+def load(bundle: Bundle, threads: ComputeThreads, **choice: Any) -> Engine:
     ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
-    return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu", threads=1))
+    return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu"), threads)
 
 
 @pytest.fixture(scope="module")
-def real(bundle: Bundle) -> Engine:
-    return load(bundle)
+def threads() -> Iterator[ComputeThreads]:
+    threads = ComputeThreads(2)
+    yield threads
+    threads.close()
+
+
+@pytest.fixture(scope="module")
+def real(bundle: Bundle, threads: ComputeThreads) -> Engine:
+    return load(bundle, threads)
 
 
 @pytest.fixture
@@ -174,9 +183,7 @@ def test_requests_that_arrive_during_a_run_share_the_next(engine: GatedEngine, i
     assert engine.runs == [1, 5]
 
 
-def test_a_large_request_is_split_and_those_behind_it_wait_for_one_run_only(
-    engine: GatedEngine, images: Images
-) -> None:
+def test_a_large_request_is_split_and_those_behind_it_wait_for_one_run_only(engine: GatedEngine, images: Images) -> None:
     finished: list[str] = []
     with batcher(engine, max_batch_size=8) as queue:
         with engine.held():
@@ -191,6 +198,17 @@ def test_a_large_request_is_split_and_those_behind_it_wait_for_one_run_only(
     assert large.result().batch_size == 8
 
 
+def answered_together(queue: Batcher, engine: GatedEngine, images: Images) -> None:
+    """A run for one caller, then one for three in step, all of whom are expected back."""
+    with engine.held():
+        first = queue.submit(images[:1])
+        engine.await_run()
+        together = [queue.submit(images[:1]) for _ in range(2)]
+    first.result(SECONDS)
+    together.append(queue.submit(images[:1]))  # the first caller is back: nobody was waited for in vain
+    wait(together, SECONDS)
+
+
 def test_a_lone_caller_never_waits_for_company(engine: GatedEngine, images: Images) -> None:
     with batcher(engine, max_delay_ms=1000) as queue:
         waited = [queue.submit(images[:1]).result(SECONDS).queue_seconds for _ in range(5)]
@@ -199,24 +217,16 @@ def test_a_lone_caller_never_waits_for_company(engine: GatedEngine, images: Imag
 
 def test_callers_who_were_answered_together_are_waited_for(engine: GatedEngine, images: Images) -> None:
     with batcher(engine, max_delay_ms=1000) as queue:
-        with engine.held():
-            queue.submit(images[:1])
-            engine.await_run()
-            together = [queue.submit(images[:1]) for _ in range(2)]
-        wait(together, SECONDS)
-        together = [queue.submit(images[:1]) for _ in range(2)]
-        assert [each.result(SECONDS).batch_size for each in together] == [2, 2]
-    assert engine.runs == [1, 2, 2]
+        answered_together(queue, engine, images)
+        together = [queue.submit(images[:1]) for _ in range(3)]
+        assert [each.result(SECONDS).batch_size for each in together] == [3, 3, 3]
+    assert engine.runs == [1, 3, 3]
 
 
 def test_nobody_is_waited_for_beyond_a_deadline(engine: GatedEngine, images: Images) -> None:
     now = 100.0  # stands still, so that waiting would be for the full delay
     with batcher(engine, clock=lambda: now, max_delay_ms=1000) as queue:
-        with engine.held():
-            queue.submit(images[:1])
-            engine.await_run()
-            together = [queue.submit(images[:1]) for _ in range(2)]
-        wait(together, SECONDS)
+        answered_together(queue, engine, images)
         began = time.monotonic()
         assert queue.submit(images[:1], deadline=now + 0.5).result(SECONDS).batch_size == 1
         assert time.monotonic() - began < 0.9
@@ -263,9 +273,7 @@ def test_work_that_cannot_be_done_in_time_is_refused_at_once(engine: GatedEngine
                 queue.submit(images[:1], deadline=now[0] + 2)
 
 
-def test_what_is_left_of_a_large_request_is_not_computed_when_it_is_cancelled(
-    engine: GatedEngine, images: Images
-) -> None:
+def test_what_is_left_of_a_large_request_is_not_computed_when_it_is_cancelled(engine: GatedEngine, images: Images) -> None:
     with batcher(engine, max_batch_size=8) as queue:
         with engine.held():
             large = queue.submit(images[:64])
@@ -293,9 +301,7 @@ def test_an_engine_that_fails_fails_its_own_batch_only(
     assert "a run of" in caplog.text
 
 
-def test_a_callback_that_fails_kills_nobody(
-    engine: GatedEngine, images: Images, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_callback_that_fails_kills_nobody(engine: GatedEngine, images: Images, caplog: pytest.LogCaptureFixture) -> None:
     def fail(_: Future[Result]) -> None:
         raise ValueError("a careless callback")
 
@@ -349,8 +355,8 @@ def test_images_of_another_shape_or_type_are_refused(engine: GatedEngine, broken
         queue.submit(broken)
 
 
-def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, images: Images) -> None:
-    fresh = load(bundle, masks="fresh")
+def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, threads: ComputeThreads, images: Images) -> None:
+    fresh = load(bundle, threads, masks="fresh")
     with batcher(GatedEngine(fresh), max_batch_size=4) as queue:
         result = queue.submit(images[:12]).result(SECONDS)
     assert [len(set(result.masks_seeds[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1]
@@ -358,6 +364,66 @@ def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, images:
     for row, seed in enumerate(result.masks_seeds):
         again = fresh.run(images[row : row + 1], masks_seed=seed).decision
         np.testing.assert_allclose(again.votes[0], result.decision.votes[row], atol=1e-5)
+
+
+def test_a_caller_who_need_not_wait_computes_in_its_own_thread(engine: GatedEngine, images: Images, alone: list[Decision]) -> None:
+    metrics = Metrics()
+    with batcher(engine, metrics, max_batch_size=8) as queue:
+        for n in (1, 3):
+            result = queue.compute_now(images[:n])
+            assert result is not None
+            assert_same(result, alone[:n])
+            assert (result.batch_size, result.queue_seconds) == (n, 0.0)
+    assert engine.callers == {threading.get_ident()}
+    assert metrics.registry.get_sample_value("phalanx_batch_images_sum", {"ensemble": "full"}) == 4
+    for stage in ("queue", "compute"):
+        assert metrics.registry.get_sample_value("phalanx_stage_seconds_count", {"ensemble": "full", "stage": stage}) == 2
+
+
+def test_a_caller_who_must_wait_is_told_to_queue(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_batch_size=8, max_delay_ms=1000) as queue:
+        assert queue.compute_now(images[:9]) is None, "more images than fit into a run"
+        with engine.held():
+            running = queue.submit(images[:1])
+            engine.await_run()
+            assert queue.compute_now(images[:1]) is None, "a run is under way"
+        running.result(SECONDS)
+        answered_together(queue, engine, images)
+        assert queue.compute_now(images[:1]) is None, "company is expected"
+
+
+def test_what_is_queued_waits_for_a_caller_who_computes_and_draining_waits_for_both(
+    engine: GatedEngine, images: Images, alone: list[Decision]
+) -> None:
+    with batcher(engine, max_batch_size=8) as queue, ThreadPoolExecutor(2) as pool:
+        with engine.held():
+            own = pool.submit(queue.compute_now, images[:1])
+            engine.await_run()
+            queued = [queue.submit(images[:1]) for _ in range(3)]
+            drained = pool.submit(queue.drain, SECONDS)
+            with pytest.raises(Draining, match="shutting down"):
+                while True:  # until the other thread has begun to drain
+                    queued.append(queue.submit(images[:1]))
+            assert not own.done()
+            assert not drained.done()
+            assert not any(future.done() for future in queued)
+        assert drained.result(SECONDS)
+        result = own.result(SECONDS)
+        assert result is not None
+        assert_same(result, alone[:1])
+        assert all(future.result(0).batch_size > 1 for future in queued)
+        with pytest.raises(Draining, match="shutting down"):
+            queue.compute_now(images[:1])
+
+
+def test_an_engine_that_fails_a_caller_lets_the_next_one_compute(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine) as queue:
+        engine.error = RuntimeError("the device is lost")
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            queue.compute_now(images[:1])
+        engine.error = None
+        assert queue.compute_now(images[:1]) is not None
+        assert queue.submit(images[:1]).result(SECONDS).batch_size == 1
 
 
 def test_every_answered_request_and_run_is_measured(engine: GatedEngine, images: Images) -> None:
@@ -383,7 +449,8 @@ def test_many_callers_at_once_get_each_their_own(engine: GatedEngine, images: Im
         rng = np.random.default_rng(seed)
         for _ in range(25):
             rows = rng.integers(len(images), size=rng.integers(1, 5))
-            assert_same(queue.submit(images[rows]).result(SECONDS), [alone[i] for i in rows])
+            result = (queue.compute_now(images[rows]) if seed % 2 else None) or queue.submit(images[rows]).result(SECONDS)
+            assert_same(result, [alone[i] for i in rows])
 
     with batcher(engine, max_batch_size=6, max_delay_ms=1) as queue, ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(call, seed) for seed in range(8)]:

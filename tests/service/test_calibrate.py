@@ -83,9 +83,7 @@ def test_all_but_the_calibration_stays(bundle: Path, tmp_path: Path, capsys: pyt
     assert new.manifest.calibration.source == "folder 'images'"
     assert sorted(new.calibration.labels.tolist()) == sorted(list(range(10)) * 15)  # from the folders' names
     said = capsys.readouterr()
-    assert f"version {new.manifest.version} (was {old.manifest.version}), calibrated on 150 images" in " ".join(
-        said.out.split()
-    )
+    assert f"version {new.manifest.version} (was {old.manifest.version}), calibrated on 150 images" in " ".join(said.out.split())
     assert "150 images give p-values in steps of 0.0066; 1,000 or more are recommended" in " ".join(said.err.split())
 
 
@@ -97,9 +95,7 @@ def test_the_same_images_in_other_files_give_the_same_fingerprint(bundle: Path, 
     assert one.fingerprint == other.fingerprint
 
 
-def test_what_cannot_be_used_is_left_out_and_said(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_used_is_left_out_and_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = operator_images(bundle, 120, seed=1)
     folder = save(images, tmp_path / "images")
     shutil.copy(folder / "forest" / "1.png", folder / "again.png")
@@ -134,26 +130,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("n", "options", "match"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], n: int, options: list[str], match: str
-) -> None:
+def test_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], n: int, options: list[str], match: str) -> None:
     folder = save(operator_images(bundle, n, seed=1), tmp_path / "images")
     assert invoke(bundle, folder, "-o", tmp_path / "new", *options) == 1
     assert not (tmp_path / "new").exists()
     assert re.search(match, " ".join(capsys.readouterr().err.split()))
 
 
-def test_images_that_are_all_the_same_are_too_few(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_that_are_all_the_same_are_too_few(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save(np.repeat(operator_images(bundle, 1, seed=1), 150, axis=0), tmp_path / "images")
     assert invoke(bundle, folder, "-o", tmp_path / "new") == 1
     assert "got 1" in capsys.readouterr().err
 
 
-def test_an_output_that_exists_is_replaced_only_when_said(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_that_exists_is_replaced_only_when_said(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save(operator_images(bundle, 100, seed=1), tmp_path / "images")
     path = shutil.copytree(bundle, tmp_path / "live")
     before = read_bundle(path).manifest.version
@@ -164,9 +154,7 @@ def test_an_output_that_exists_is_replaced_only_when_said(
     assert read_bundle(path).manifest.calibration.n == 100
 
 
-def test_a_full_disk_leaves_the_bundle_that_was_there(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_leaves_the_bundle_that_was_there(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save(operator_images(bundle, 100, seed=1), tmp_path / "images")
     path = shutil.copytree(bundle, tmp_path / "live")
     before = read_bundle(path).manifest
@@ -188,9 +176,7 @@ def test_a_folder_of_photographs_is_never_replaced(bundle: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("missing", ["bundle", "folder"])
-def test_a_path_that_leads_nowhere(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
-) -> None:
+def test_a_path_that_leads_nowhere(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str) -> None:
     nowhere = tmp_path / "nowhere"
     arguments = (nowhere, tmp_path) if missing == "bundle" else (bundle, nowhere)
     assert invoke(*arguments, "-o", tmp_path / "new") == 1
@@ -198,7 +184,5 @@ def test_a_path_that_leads_nowhere(
 
 
 def test_no_torch_is_needed() -> None:
-    code = (
-        "import sys, service.calibrate, service.inspect; sys.exit('torch' in sys.modules or 'training' in sys.modules)"
-    )
+    code = "import sys, service.calibrate, service.inspect; sys.exit('torch' in sys.modules or 'training' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
 
 from models.bundle import Bundle, InvalidBundle, read_bundle
 from models.composition import EnsembleChoice, compose
-from models.ensemble import DetectorName
+from models.ensemble import Decision, DetectorName
 from models.masks import draw_masks
 from service.config import DeviceConfig
-from service.engine import CPU, CUDA, Engine, ProviderUnavailable, cores
-from service.graph import build_graph
+from service.engine import CPU, CUDA, ComputeThreads, Engine, ProviderUnavailable, cores
+from service.graph_cache import GraphCache
 from tests.bundles import MASKS, MASKS_SEED, random_images, write_tiny_bundle
 
-ONE_THREAD = DeviceConfig(provider="cpu", threads=1)
+ON_CPU = DeviceConfig(provider="cpu")
 no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA device")
 
 
@@ -28,13 +29,25 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return read_bundle(write_tiny_bundle(tmp_path_factory.mktemp("engine") / "bundle"))
 
 
-def load(bundle: Bundle, device: DeviceConfig = ONE_THREAD, **choice: Any) -> Engine:
-    ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
-    return Engine(build_graph(bundle, ensemble), bundle, ensemble, device)
+class Load(Protocol):
+    def __call__(self, bundle: Bundle, device: DeviceConfig = ..., threads: ComputeThreads = ..., **choice: Any) -> Engine: ...
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Bundle) -> Engine:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """Makes engines; a graph that is asked for twice is built once."""
+    cache, single = GraphCache(tmp_path_factory.mktemp("cache")), ComputeThreads(1)
+
+    def load(bundle: Bundle, device: DeviceConfig = ON_CPU, threads: ComputeThreads = single, **choice: Any) -> Engine:
+        ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
+        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads)
+
+    yield load
+    single.close()
+
+
+@pytest.fixture(scope="module")
+def engine(load: Load, bundle: Bundle) -> Engine:
     return load(bundle)
 
 
@@ -56,6 +69,19 @@ def test_batched_equals_unbatched(engine: Engine, bundle: Bundle) -> None:
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_a_batch_divided_among_threads_is_answered_as_by_one(load: Load, engine: Engine, bundle: Bundle, count: int) -> None:
+    threads = ComputeThreads(count)
+    images = random_images(bundle.manifest.input, 7, seed=3)
+    divided, whole = load(bundle, threads=threads).run(images), engine.run(images)
+    assert divided.masks_seed == whole.masks_seed
+    for column in fields(Decision):
+        got, expected = getattr(divided.decision, column.name), getattr(whole.decision, column.name)
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=column.name)
+    threads.close()
+
+
 def test_fixed_masks_are_the_bundles_and_answers_repeat(engine: Engine, bundle: Bundle) -> None:
     images = random_images(bundle.manifest.input, 3, seed=3)
     first, second = engine.run(images), engine.run(images)
@@ -63,7 +89,7 @@ def test_fixed_masks_are_the_bundles_and_answers_repeat(engine: Engine, bundle: 
     np.testing.assert_array_equal(first.decision.scores, second.decision.scores)
 
 
-def test_fresh_masks_differ_from_run_to_run_and_their_seed_repeats_an_answer(bundle: Bundle) -> None:
+def test_fresh_masks_differ_from_run_to_run_and_their_seed_repeats_an_answer(load: Load, bundle: Bundle) -> None:
     engine = load(bundle, masks="fresh", detectors=("variance",))
     images = random_images(bundle.manifest.input, 3, seed=3)
     first, second = engine.run(images), engine.run(images)
@@ -84,7 +110,7 @@ def test_dropout_is_alive_in_the_session(engine: Engine, bundle: Bundle) -> None
     assert (engine.run(random_images(bundle.manifest.input, 5, seed=3)).decision.scores[:, variance] > 0).all()
 
 
-def test_an_ensemble_without_a_stochastic_member_has_no_masks(bundle: Bundle) -> None:
+def test_an_ensemble_without_a_stochastic_member_has_no_masks(load: Load, bundle: Bundle) -> None:
     engine = load(bundle, without=("bayesian",))
     assert engine.run(random_images(bundle.manifest.input, 2, seed=3)).masks_seed is None
 
@@ -96,28 +122,28 @@ def test_the_provider_is_the_sessions_own(engine: Engine) -> None:
 @no_gpu
 @pytest.mark.parametrize("strict", [False, True])
 def test_auto_without_a_gpu_is_the_cpu_without_a_complaint(
-    bundle: Bundle, strict: bool, caplog: pytest.LogCaptureFixture
+    load: Load, bundle: Bundle, strict: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert load(bundle, DeviceConfig(provider="auto", strict=strict, threads=1)).provider == CPU
+    assert load(bundle, DeviceConfig(provider="auto", strict=strict)).provider == CPU
     assert not caplog.records
 
 
 @no_gpu
-def test_cuda_that_is_not_to_be_had_is_complained_about(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_that_is_not_to_be_had_is_complained_about(load: Load, bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert load(bundle, DeviceConfig(provider="cuda", threads=1)).provider == CPU
+        assert load(bundle, DeviceConfig(provider="cuda")).provider == CPU
     assert f"expected a session on {CUDA}" in caplog.text
 
 
 @no_gpu
-def test_strict_refuses_a_session_on_another_device(bundle: Bundle) -> None:
+def test_strict_refuses_a_session_on_another_device(load: Load, bundle: Bundle) -> None:
     with pytest.raises(ProviderUnavailable, match=f"expected a session on {CUDA} .* got one on {CPU}"):
-        load(bundle, DeviceConfig(provider="cuda", strict=True, threads=1))
+        load(bundle, DeviceConfig(provider="cuda", strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
-def test_cuda_answers_as_the_cpu_does(bundle: Bundle, engine: Engine) -> None:
+def test_cuda_answers_as_the_cpu_does(load: Load, bundle: Bundle, engine: Engine) -> None:
     images = random_images(bundle.manifest.input, 7, seed=3)
     on_gpu = load(bundle, DeviceConfig(provider="cuda", strict=True))
     expected = engine.run(images).decision
@@ -136,31 +162,35 @@ def test_cuda_answers_as_the_cpu_does(bundle: Bundle, engine: Engine) -> None:
     ],
 )
 def test_a_wrong_sample_output_is_refused_naming_member_and_image(
-    bundle: Bundle, member: str, choice: dict[str, Any]
+    load: Load, bundle: Bundle, member: str, choice: dict[str, Any]
 ) -> None:
     wrong = bundle.samples.expected[member].copy()
     wrong[5, wrong[5].argmax()] -= 2
     wrong[6, wrong[6].argmax()] -= 2
     samples = replace(bundle.samples, expected={**bundle.samples.expected, member: wrong})
-    with pytest.raises(
-        InvalidBundle, match=rf"member {member}, sample image 5: expected class .* 2 of 8 images differ"
-    ):
+    with pytest.raises(InvalidBundle, match=rf"member {member}, sample image 5: expected class .* 2 of 8 images differ"):
         load(replace(bundle, samples=samples), **choice)
 
 
-def test_an_absent_member_is_not_tested(bundle: Bundle) -> None:
+def test_an_absent_member_is_not_tested(load: Load, bundle: Bundle) -> None:
     wrong = replace(bundle.samples, expected={**bundle.samples.expected, "edge": np.zeros((8, 10), np.float32)})
     load(replace(bundle, samples=wrong), without=("edge",))
 
 
-def test_a_member_of_another_training_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_member_of_another_training_is_refused(load: Load, bundle: Bundle, tmp_path: Path) -> None:
     other = read_bundle(write_tiny_bundle(tmp_path / "other", seed=1))
-    swapped = {**bundle.onnx_bytes, "adversarial": other.onnx_bytes["adversarial"]}
+    member = other.manifest.member("adversarial")
+    members = tuple(member if each.name == member.name else each for each in bundle.manifest.members)
+    swapped = replace(
+        bundle,
+        manifest=bundle.manifest.model_copy(update={"members": members}),
+        onnx_bytes={**bundle.onnx_bytes, member.name: other.onnx_bytes[member.name]},
+    )
     with pytest.raises(InvalidBundle, match="self-test: member adversarial, sample image"):
-        load(replace(bundle, onnx_bytes=swapped))
+        load(swapped)
 
 
-def test_a_member_that_answers_nan_is_refused(bundle: Bundle) -> None:
+def test_a_member_that_answers_nan_is_refused(load: Load, bundle: Bundle) -> None:
     expected = {**bundle.samples.expected, "edge": np.full((8, 10), np.nan, np.float32)}
     with pytest.raises(InvalidBundle, match="member edge, sample image 0"):
         load(replace(bundle, samples=replace(bundle.samples, expected=expected)))

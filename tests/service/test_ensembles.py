@@ -111,9 +111,7 @@ def test_draining_ends_every_queue_and_every_thread(path: Path, cache: GraphCach
             "classifier",
             id="no classifier left",
         ),
-        pytest.param(
-            {"without": ["bayes"]}, InvalidEnsemble, "bayesian", id="an unknown member, and the nearest one named"
-        ),
+        pytest.param({"without": ["bayes"]}, InvalidEnsemble, "bayesian", id="an unknown member, and the nearest one named"),
         pytest.param(
             {"without": ["bayesian"], "detectors": ["variance"]},
             InvalidEnsemble,
@@ -192,9 +190,7 @@ def test_a_damaged_file_is_built_again(bundle: Bundle, full: Ensemble, tmp_path:
     assert file.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(
-    bundle: Bundle, full: Ensemble, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_written_is_no_reason_not_to_start(bundle: Bundle, full: Ensemble, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert GraphCache(tmp_path / "file" / "cache").fused(bundle, full)
 
@@ -214,9 +210,7 @@ def test_the_graphs_used_last_are_kept(bundle: Bundle, full: Ensemble, tmp_path:
     assert not (tmp_path / "0.onnx").exists()
 
 
-def test_a_graphs_name_changes_with_all_that_it_is_made_of_and_with_nothing_else(
-    bundle: Bundle, tmp_path: Path
-) -> None:
+def test_a_graphs_name_changes_with_all_that_it_is_made_of_and_with_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
     def key(of: Bundle = bundle, **choice: Any) -> str:
         return graph_key(of, compose(of, EnsembleChoice(**({"name": "full"} | choice))))
 

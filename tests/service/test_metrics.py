@@ -103,11 +103,7 @@ def test_counting_in_bulk_equals_counting_one_by_one() -> None:
     metrics = Metrics()
     ensemble = full(metrics)
     for i in range(n):
-        ensemble.run(
-            decision(
-                [labels[i]], [votes[i].tolist()], [p[i].tolist()], [Verdict.CLEAN], [Reason.NONE], [float(p[i, 0])]
-            )
-        )
+        ensemble.run(decision([labels[i]], [votes[i].tolist()], [p[i].tolist()], [Verdict.CLEAN], [Reason.NONE], [float(p[i, 0])]))
     assert sample(metrics, "phalanx_batch_images_count", ensemble="full") == n
     dissent = sample(metrics, "phalanx_dissent_total", ensemble="full", member="edge")
     assert dissent == (votes[:, 1] != labels).sum()
@@ -188,9 +184,7 @@ def test_images_answered_with_an_error_are_counted_by_code() -> None:
 def test_every_series_of_an_ensemble_carries_its_name_and_no_summary_is_among_them() -> None:
     metrics = Metrics()
     full(metrics).run(two_answers())
-    metrics.ensemble("votes-only", ["metric"], []).run(
-        decision([0], [[0]], [[]], [Verdict.UNSCREENED], [Reason.NONE], [1.0])
-    )
+    metrics.ensemble("votes-only", ["metric"], []).run(decision([0], [[0]], [[]], [Verdict.UNSCREENED], [Reason.NONE], [1.0]))
     families = list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
     assert not [family.name for family in families if family.type == "summary"]
     series = [sample for family in families for sample in family.samples if family.name != "phalanx_bundle_info"]

@@ -296,15 +296,15 @@ def test_sigterm_ends_the_process_in_good_order(tiny_bundle: Path, tmp_path: Pat
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "service.cli", "serve", "--config", str(config)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        address = _serving_address(process)
-        with grpc.insecure_channel(address) as channel:
-            grpc.channel_ready_future(channel).result(10)
-            process.send_signal(signal.SIGTERM)
-            _, rest = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = _serving_address(process)
+            with grpc.insecure_channel(address) as channel:
+                grpc.channel_ready_future(channel).result(10)
+                process.send_signal(signal.SIGTERM)
+                _, rest = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert rest.index("NOT_SERVING") < rest.index("stopped")
 

@@ -214,8 +214,7 @@ def ensemble(message: pb.Ensemble) -> Ensemble:
         classes=tuple(m.classes),
         input=InputSpec(m.input.height, m.input.width, m.input.channels),
         members=tuple(
-            Member(x.name, x.kind, x.strength, x.votes, x.weight, x.temperature, x.parameters, x.stochastic)
-            for x in m.members
+            Member(x.name, x.kind, x.strength, x.votes, x.weight, x.temperature, x.parameters, x.stochastic) for x in m.members
         ),
         detectors=tuple(Detector(d.name, d.member) for d in m.detectors),
         rule=Rule(m.rule.name, m.rule.alpha, m.rule.scale),

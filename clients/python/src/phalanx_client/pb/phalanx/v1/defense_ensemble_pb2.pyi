@@ -815,10 +815,14 @@ class Limits(_message.Message):
     MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_PIXELS_FIELD_NUMBER: _builtins.int
     disclosure: Global___Disclosure.ValueType
     max_images_per_request: _builtins.int
     max_message_bytes: _builtins.int
     max_image_pixels: _builtins.int
+    """Of one encoded image."""
+    max_request_pixels: _builtins.int
+    """Of all encoded images of a request."""
     def __init__(
         self,
         *,
@@ -826,10 +830,11 @@ class Limits(_message.Message):
         max_images_per_request: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         max_image_pixels: _builtins.int = ...,
+        max_request_pixels: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disclosure", b"disclosure", "max_image_pixels", b"max_image_pixels", "max_images_per_request", b"max_images_per_request", "max_message_bytes", b"max_message_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disclosure", b"disclosure", "max_image_pixels", b"max_image_pixels", "max_images_per_request", b"max_images_per_request", "max_message_bytes", b"max_message_bytes", "max_request_pixels", b"max_request_pixels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

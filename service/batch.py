@@ -1,0 +1,105 @@
+"""What travels through a batcher: a request, its part of a batch, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from models.ensemble import Decision
+from service.engine import Images, Run
+
+_COLUMNS = tuple(column.name for column in fields(Decision))
+
+
+class QueueFull(Exception):
+    """Refused at once, instead of waiting behind more images than the queue may hold."""
+
+    def __init__(self, images: int, waiting: int, limit: int, retry_seconds: float) -> None:
+        super().__init__(f"the queue holds {waiting} of at most {limit} images and has no room for {images} more")
+        self.retry_seconds = retry_seconds  # when the queue is expected to be empty
+
+
+class DeadlineExceeded(Exception):
+    """The caller's deadline passed, or would pass, before the work could be done; what was left of it was not begun."""
+
+
+class Draining(Exception):
+    """The batcher takes no more work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A request's answers, in the order of its images."""
+
+    decision: Decision
+    masks_seeds: tuple[int | None, ...]  # one per image, as a split request's runs may differ in it; None: no masks
+    queue_seconds: float  # until its first run began
+    compute_seconds: float  # all its runs, in full: batch-mates are charged the same time
+    batch_size: int  # images in the largest of its runs, batch-mates' included
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    images: Images
+    deadline: float | None
+    submitted: float
+    future: Future[Result] = field(default_factory=Future)
+    taken: int = 0  # images already put into a run
+    parts: list[Decision] = field(default_factory=list)
+    masks_seeds: tuple[int | None, ...] = ()
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    batch_size: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.images) - self.taken
+
+    def fail(self, error: Exception) -> None:
+        with contextlib.suppress(InvalidStateError):  # cancelled, or failed before
+            self.future.set_exception(error)
+
+    def succeed(self) -> None:
+        decision = self.parts[0] if len(self.parts) == 1 else _joined(self.parts)
+        result = Result(decision, self.masks_seeds, self.queue_seconds, self.compute_seconds, self.batch_size)
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_result(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A request's part of a batch."""
+
+    request: Request
+    images: Images
+
+
+def deliver(batch: Sequence[Share], run: Run, seconds: float) -> list[Request]:
+    """Give every request its rows of a run that took so long; those are returned that now have all, and were answered."""
+    images = len(run.decision.label)
+    finished: list[Request] = []
+    start = 0
+    for share in batch:
+        request, n = share.request, len(share.images)
+        request.parts.append(run.decision if n == images else _sliced(run.decision, start, start + n))
+        request.masks_seeds += (run.masks_seed,) * n
+        request.compute_seconds += seconds
+        request.batch_size = max(request.batch_size, images)
+        start += n
+        if not request.left:
+            request.succeed()
+            finished.append(request)
+    assert start == images, f"{start} images in, {images} answers out"
+    return finished
+
+
+def _sliced(decision: Decision, start: int, stop: int) -> Decision:
+    return Decision(*[getattr(decision, column)[start:stop] for column in _COLUMNS])
+
+
+def _joined(parts: Sequence[Decision]) -> Decision:
+    return Decision(*[np.concatenate([getattr(part, column) for part in parts]) for column in _COLUMNS])
