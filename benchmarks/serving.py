@@ -67,10 +67,10 @@ def phalanx(config: Mapping[str, Any], cache: Path) -> Iterator[Process]:
 
 
 @contextmanager
-def simple(module: str) -> Iterator[Process]:
-    """`python -m MODULE ADDRESS`."""
+def simple(module: str, *arguments: str) -> Iterator[Process]:
+    """`python -m MODULE ADDRESS ARGUMENTS`."""
     address = f"127.0.0.1:{_free_port()}"
-    with running([sys.executable, "-m", module, address], address) as process:
+    with running([sys.executable, "-m", module, address, *arguments], address) as process:
         yield process
 
 
