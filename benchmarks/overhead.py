@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from benchmarks import echo
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, request, simple
+from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request, simple
 from models.bundle import read_bundle
 from models.masks import draw_masks
 from service.config import ServiceConfig
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slice", type=int, default=1, help="calls in a row before it is the next one's turn")
     given = parser.parse_args()
-    config = yaml.safe_load(given.config.read_text()) if given.config else {}
+    config = read_config(given.config)
     print(f"{given.rounds} rounds of {given.calls} calls after a warm-up, one image of raw pixels each, seed 0; {provenance()}")
 
     with (

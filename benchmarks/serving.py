@@ -78,8 +78,10 @@ def simple(module: str, *arguments: str) -> Iterator[Process]:
 def running(command: list[str], address: str, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
     """A command, and its end whatever happens."""
     with tempfile.TemporaryFile() as log:
+        # a configuration meant for another server does not reach this one
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("PHALANX_")}
         started = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | dict(environment or {}), stdout=log, stderr=subprocess.STDOUT
+            command, cwd=REPOSITORY, env=inherited | dict(environment or {}), stdout=log, stderr=subprocess.STDOUT
         )
         try:
             yield Process(started.pid, address)
@@ -109,8 +111,23 @@ def await_serving(process: Process) -> None:
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
+            if _ended(process.pid):
+                raise RuntimeError("the server ended before it was SERVING; what it said follows")
             time.sleep(0.005)
     raise TimeoutError(f"not SERVING on {process.address} after {START_SECONDS:g} s")
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child is a zombie by now."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def read_config(file: Path | None) -> dict[str, Any]:
+    """A server's configuration, to be written somewhere else: its bundle is made absolute; {} for no file."""
+    if file is None:
+        return {}
+    config: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
+    return config | ({"bundle": str((file.parent / config["bundle"]).resolve())} if "bundle" in config else {})
 
 
 def image_shape(process: Process) -> tuple[int, int, int]:

@@ -16,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, request
+from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 FOUR: dict[str, Any] = {
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
     parser.add_argument("--starts", type=int, default=5, help="starts that are timed, after the first")
     given = parser.parse_args()
-    config = yaml.safe_load(given.config.read_text()) if given.config else {}
+    config = read_config(given.config)
     print(f"{given.starts} starts after the first; {provenance()}")
     for title, ensembles, seconds, megabytes in (
         ("one ensemble", {"full": {}}, 3, 300),

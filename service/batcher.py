@@ -1,5 +1,8 @@
 """One queue in front of one engine: requests wait here and nowhere else, and are computed together.
 
+Who finds nobody computing and nobody to wait for computes in its own thread (`compute_now`): the way to the queue's
+thread and back would cost a lone caller more than it could gain. Everybody else queues (`submit`).
+
 When does a batch start? While a run is under way, requests gather; when it ends, all of them go at once. A request
 that finds the engine idle waits only for callers who were answered together a moment ago and are likely to come back:
 until as many requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone caller
@@ -95,10 +98,11 @@ class Batcher:
             self._inbox.put(request)
         return request.future
 
-    def compute_now(self, images: Images) -> Result | None:
+    def compute_now(self, images: Images, deadline: float | None = None) -> Result | None:
         """Compute in the caller's own thread what need not wait for anybody; None where it must: then `submit`.
 
-        It saves a lone caller the way to another thread and back. Raises Draining, or what the engine raised.
+        Raises DeadlineExceeded where `deadline`, a time of the clock, would pass before the end; Draining; or what the
+        engine raised.
         """
         self._check(images)
         n = len(images)
@@ -106,6 +110,10 @@ class Batcher:
             return None
         try:
             self._refuse_if_draining()
+            if deadline is not None and (left := deadline - self._clock()) <= n * self._seconds_per_image:
+                raise DeadlineExceeded(
+                    f"{max(left, 0):.3f} s are left, and the work takes about {n * self._seconds_per_image:.3f} s"
+                )
             run, seconds = self._run(images, 1)
         finally:
             self._turn.release()
@@ -113,24 +121,24 @@ class Batcher:
         return Result(run.decision, (run.masks_seed,) * n, 0.0, seconds, n)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more work and finish what is queued.  False if `timeout` seconds are too few: the rest then fails."""
+        """Take no more work and finish what there is.  False if `timeout` seconds are too few: the rest then fails."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             self._draining = True
             self._inbox.put(None)
         self._thread.join(timeout)
-        left = -1 if end is None else max(0.0, end - time.monotonic())
-        if not self._thread.is_alive() and self._turn.acquire(timeout=left):  # nor does a caller compute
+        idle = self._turn.acquire(timeout=-1 if end is None else max(0.0, end - time.monotonic()))  # a caller may compute, too
+        if idle:
             self._turn.release()
-            return True
         with self._lock:
             self._receive_all()
             abandoned = [*self._backlog, *(share.request for share in self._running)]
             self._backlog.clear()
             self._waiting = 0
+            self._inbox.put(None)  # the thread's own may just have been received here
         for request in abandoned:
             request.fail(Draining("this server shut down before the request was computed"))
-        return False
+        return idle and not abandoned
 
     def _check(self, images: Images) -> None:
         shape = self._engine.input_shape

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from google.protobuf.json_format import MessageToDict
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,8 +31,9 @@ p-value (low ones in red).
 
 verdicts:
   CLEAN       as usual as the clean images that the bundle was calibrated on
-  SUSPECT     as unusual as the review rate of them (5%): have somebody look
-  REJECTED    as unusual as the reject rate of them (1%): do not act on it
+  SUSPECT     as unusual as the review rate of them (default 5%): have
+              somebody look
+  REJECTED    as unusual as the reject rate of them (default 1%): do not act
   UNSCREENED  the ensemble has no detector"""
 
 EPILOG = """\
@@ -40,13 +45,15 @@ examples:
 --json prints one object per line: `file`, and the fields of
 phalanx.v1.ClassifyResponse with `result` for this file's.
 
+A file that cannot be read or classified is an ERROR in its own row.
+
 exit status: 0 if every file was classified, 1 if not."""
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 LEVELS = {name.removeprefix("DISCLOSURE_").lower(): value for name, value in pb.Disclosure.items() if value}
 OVERHEAD = 4096  # bytes of a request beside its files
 VERDICT_STYLES = {"CLEAN": "green", "SUSPECT": "yellow", "REJECTED": "bold red", "UNSCREENED": "dim"}
-UNUSUAL = 0.05
+UNUSUAL = 0.05  # a detector's p-value up to which it is shown in red
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class FileAnswer:
     file: str
     ensemble: str
     bundle_version: str
+    disclosure: str
     result: pb.ImageResult
 
 
@@ -82,11 +90,15 @@ def run(args: argparse.Namespace) -> int:
     except (CannotAsk, OSError) as error:
         sys.stderr.write(f"phalanx classify: {error}\n")
         return 1
-    if args.json:
-        sys.stdout.writelines(f"{as_json(answer)}\n" for answer in answers)
-    else:
-        # a file or a pipe has no width of its own: rich would take 80 columns
-        Console(width=None if sys.stdout.isatty() else 150).print(as_table(answers))
+    try:
+        if args.json:
+            sys.stdout.writelines(f"{as_json(answer)}\n" for answer in answers)
+        else:
+            # a file or a pipe has no width of its own: rich would take 80 columns
+            Console(width=None if sys.stdout.isatty() else 150).print(as_table(answers))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if any(answer.result.HasField("error") for answer in answers) else 0
 
 
@@ -95,31 +107,56 @@ def classify_files(
 ) -> Iterator[FileAnswer]:
     """In the order of the files, in as few requests as the server's limits allow."""
     try:
-        limits = stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout).ensemble.limits
-        for batch in _batches(files, limits):
+        described = stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout).ensemble
+        for batch in _batches(files, described.limits):
             request = pb.ClassifyRequest(ensemble=ensemble, disclosure=pb.Disclosure.ValueType(disclosure))
-            for _, encoded in batch:
+            for encoded in (content for _, content in batch if isinstance(content, bytes)):
                 request.images.add(encoded=encoded)
-            response = stub.Classify(request, timeout=timeout)
-            for (file, _), result in zip(batch, response.results, strict=True):
-                yield FileAnswer(str(file), response.ensemble, response.bundle_version, result)
+            response = stub.Classify(request, timeout=timeout) if request.images else pb.ClassifyResponse()
+            results = iter(response.results)
+            level = pb.Disclosure.Name(response.disclosure).removeprefix("DISCLOSURE_")
+            for file, content in batch:
+                result = next(results) if isinstance(content, bytes) else content
+                yield FileAnswer(str(file), described.name, described.bundle.version, level, result)
     except grpc.RpcError as error:
         raise CannotAsk(_sentence(error)) from None
 
 
-def _batches(files: Sequence[Path], limits: pb.Limits) -> Iterator[list[tuple[Path, bytes]]]:
-    batch: list[tuple[Path, bytes]] = []
-    size = OVERHEAD
+def _batches(files: Sequence[Path], limits: pb.Limits) -> Iterator[list[tuple[Path, bytes | pb.ImageResult]]]:
+    """Files with their bytes, or with what is wrong with them, in batches that the server takes."""
+    batch: list[tuple[Path, bytes | pb.ImageResult]] = []
+    size, pixels = OVERHEAD, 0
     for file in files:
-        encoded = file.read_bytes()
-        cost = len(encoded) + 16  # with its tags and lengths
-        if batch and (len(batch) == limits.max_images_per_request or size + cost > limits.max_message_bytes):
+        try:
+            encoded = file.read_bytes()
+        except OSError as error:
+            batch.append((file, _wrong(error.strerror or str(error))))
+            continue
+        cost, own_pixels = len(encoded) + 16, _pixels(encoded)  # with its tags and lengths
+        if OVERHEAD + cost > limits.max_message_bytes:
+            batch.append((file, _wrong(f"expected at most {limits.max_message_bytes - OVERHEAD} bytes, got {len(encoded)}")))
+            continue
+        full = len(batch) == limits.max_images_per_request or size + cost > limits.max_message_bytes
+        if batch and (full or pixels + own_pixels > limits.max_request_pixels):
             yield batch
-            batch, size = [], OVERHEAD
+            batch, size, pixels = [], OVERHEAD, 0
         batch.append((file, encoded))
-        size += cost
+        size, pixels = size + cost, pixels + own_pixels
     if batch:
         yield batch
+
+
+def _pixels(encoded: bytes) -> int:
+    """What an image counts for, from its header; 0 where that cannot be read, which is the server's to say."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises many unrelated types over broken headers, and over images that are very large
+        return 0
+
+
+def _wrong(message: str) -> pb.ImageResult:
+    return pb.ImageResult(error=pb.ImageError(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=message))
 
 
 def _channel(server: str, tls: bool, authority: Path | None) -> grpc.Channel:
@@ -145,6 +182,7 @@ def as_json(answer: FileAnswer) -> str:
         "file": answer.file,
         "ensemble": answer.ensemble,
         "bundle_version": answer.bundle_version,
+        "disclosure": answer.disclosure,
         "result": result,
     }
     return json.dumps(document, ensure_ascii=False)

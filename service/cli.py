@@ -75,7 +75,7 @@ def _serve() -> Command:
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="a YAML file (or PHALANX_CONFIG)")
-    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="the bundle to serve")
+    parser.add_argument("--bundle", metavar="FOLDER", help="the bundle to serve")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where gRPC listens; port 0 takes a free one")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus scrapes, or `off`")
     parser.add_argument("--check", action="store_true", help="check the configuration and stop")

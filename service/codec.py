@@ -99,6 +99,7 @@ class AnswerNames:
     classes: tuple[str, ...]  # K
     voters: tuple[str, ...]  # M
     detectors: tuple[str, ...]  # D
+    masks: bool = False  # whether a member is stochastic, so that the seed of its masks belongs to an answer
 
 
 class Answers:

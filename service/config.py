@@ -84,7 +84,13 @@ def _address(value: object) -> object:
 
 def _switched_off(value: object) -> object:
     """`metrics: off` is the boolean False in YAML, and the string "off" in an environment variable."""
-    return None if value is False or value in ("", "off", "null") else _address(value)
+    return None if value is None or value is False or value in ("", "off", "null") else _address(value)
+
+
+def _folder(value: object) -> object:
+    if value == "":
+        raise ValueError("expected the path of a bundle's folder, got nothing")
+    return value
 
 
 def _disclosure(value: object) -> object:
@@ -98,7 +104,7 @@ def _disclosure(value: object) -> object:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -134,32 +140,33 @@ class DecisionConfig(_Section):
 class BatchingConfig(_Section):
     max_batch_size: int = Field(64, ge=1, le=4096)
     max_delay_ms: float = Field(2.0, ge=0, le=1000)
-    max_queue: int = Field(1024, ge=1)  # images waiting, per ensemble
+    max_queue: int = Field(1024, ge=1, le=2**31 - 1)  # images waiting, per ensemble
 
 
 class DeviceConfig(_Section):
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     strict: bool = False  # refuse to start where the wanted provider is not to be had
-    threads: int = Field(0, ge=0)  # compute threads per ensemble; 0: chosen from the cores
+    threads: int = Field(0, ge=0, le=1024)  # compute threads of all ensembles together; 0: one per core
 
 
 class LimitsConfig(_Section):
     disclosure: Annotated[Disclosure, BeforeValidator(_disclosure)] = Disclosure.EVIDENCE
-    max_images_per_request: int = Field(256, ge=1)
-    max_message_bytes: int = Field(16 * 2**20, ge=1024)
-    max_image_pixels: int = Field(4096 * 4096, ge=1)  # of one encoded image, read from its header
-    max_request_pixels: int = Field(4 * 4096 * 4096, ge=1)  # of all encoded images of a request: decoding costs CPU
-    max_concurrent_calls: int = Field(128, ge=1)  # a thread each, started when needed
-    max_connection_age_seconds: float | None = Field(None, gt=0)  # lets a load balancer spread long-lived connections
+    max_images_per_request: int = Field(256, ge=1, le=2**31 - 1)
+    max_message_bytes: int = Field(16 * 2**20, ge=1024, le=2**31 - 1)
+    max_image_pixels: int = Field(4096 * 4096, ge=1, le=2**40)  # of one encoded image, read from its header
+    max_request_pixels: int = Field(4 * 4096 * 4096, ge=1, le=2**40)  # of all encoded images of a request: decoding costs CPU
+    max_concurrent_calls: int = Field(128, ge=1, le=4096)  # a thread each, started when needed; at most half are streams
+    max_connection_age_seconds: float | None = Field(None, gt=0, le=2e6)  # lets a load balancer spread long-lived connections
+    stream_idle_seconds: float = Field(300.0, gt=0, le=86400)  # then a stream that asks nothing is ended
 
 
 class ShutdownConfig(_Section):
-    notice_seconds: float = Field(0.5, ge=0)  # NOT_SERVING, still answering: time for load balancers to look away
-    drain_seconds: float = Field(20.0, ge=0)  # for calls already accepted
+    notice_seconds: float = Field(0.5, ge=0, le=86400)  # NOT_SERVING, still answering: time for load balancers to look away
+    drain_seconds: float = Field(20.0, ge=0, le=86400)  # for calls already accepted
 
 
 class ServiceConfig(_Section):
-    bundle: Path | None = None  # None: the bundle that ships with Phalanx
+    bundle: Annotated[Path | None, BeforeValidator(_folder)] = None  # None: the bundle that ships with Phalanx
     listen: Annotated[Address, BeforeValidator(_address)] = Address("127.0.0.1", 50051)
     metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
     insecure: bool = False

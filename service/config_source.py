@@ -14,8 +14,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 PREFIX = "PHALANX_"
-# Kubernetes puts these into every container once a Service is called `phalanx`; PHALANX_CONFIG names the file itself.
-FOREIGN = re.compile(r"^PHALANX_(CONFIG$|SERVICE_(HOST|PORT)|PORT($|_\d))")
+# Kubernetes puts these into every container once a Service is called `phalanx`, or `phalanx-` and anything else;
+# PHALANX_CONFIG names the file itself.
+FOREIGN = re.compile(r"^PHALANX_(CONFIG$|([A-Z0-9]+_)*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9]+)*$)")
+
+DEEPEST = 16  # levels of keys; no section has as many
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -55,7 +58,8 @@ class ConfigSource:
 def unknown_key(path: KeyPath, model: type[BaseModel]) -> str:
     valid = sorted(_valid_keys(model, path[:-1]) or ())
     nearest = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-    advice = f"did you mean `{nearest[0]}`?" if nearest else f"valid keys here: {', '.join(valid)}"
+    listed = f"valid keys here: {', '.join(valid)}" if valid else f"`{'.'.join(path[:-1])}` holds a value and no keys"
+    advice = f"did you mean `{nearest[0]}`?" if nearest else listed
     return f"unknown key `{'.'.join(path)}`; {advice}"
 
 
@@ -83,6 +87,8 @@ def read_source(path: Path) -> ConfigSource:
 
 def _lines(node: yaml.Node, path: KeyPath, file: str) -> Iterator[tuple[KeyPath, int]]:
     yield path, node.start_mark.line + 1
+    if len(path) > DEEPEST:  # an alias may lead back to itself
+        raise InvalidConfig(f"{file}, line {node.start_mark.line + 1}: expected at most {DEEPEST} levels of keys")
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -102,7 +108,7 @@ def _lines(node: yaml.Node, path: KeyPath, file: str) -> Iterator[tuple[KeyPath,
 def _relative_to(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Paths in a file are relative to the file, so that it works whatever the working directory is."""
     anchored = dict(values)
-    if isinstance(bundle := values.get("bundle"), str):
+    if isinstance(bundle := values.get("bundle"), str) and bundle:
         anchored["bundle"] = folder / bundle
     if isinstance(tls := values.get("tls"), dict):
         anchored["tls"] = {key: folder / value if isinstance(value, str) else value for key, value in tls.items()}
@@ -122,6 +128,8 @@ def with_environment(source: ConfigSource, environment: Mapping[str, str], model
             continue
         try:
             _put(values, path, _parsed(environment[variable], _type_at(model, path)))
+        except InvalidConfig as error:
+            mistakes.append(f"{variable}: {error}")
         except yaml.YAMLError:
             mistakes.append(f"{variable}: not YAML: {environment[variable]!r}")
         places = {where: place for where, place in places.items() if where[: len(path)] != path}
@@ -160,7 +168,17 @@ def _parsed(text: str, annotation: Any) -> Any:
         get_origin(option) in (tuple, Mapping) or (isinstance(option, type) and issubclass(option, BaseModel))
         for option in _options(annotation)
     )
-    return yaml.safe_load(text) if structured else text
+    return _loaded(text) if structured else text
+
+
+def _loaded(text: str) -> Any:
+    """A variable's YAML; raises InvalidConfig where a key is given twice."""
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None
+    list(_lines(root, (), "value"))
+    return loader.construct_document(root)
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -16,10 +16,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, InvalidBundle, MemberManifest, StochasticSpec, expected_outputs
+from models.bundle import Bundle, StochasticSpec
 from models.ensemble import Decision, Ensemble
 from models.masks import draw_masks
-from models.member_session import onnx_member
+from models.self_test import check_member, compare, softmax
 from service.config import DeviceConfig
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ Floats = NDArray[np.float32]
 Outputs = list[NDArray[Any]]  # one for every column of a decision
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-TOLERANCE = 1e-3  # of a probability: back ends differ by far less, another model by far more
 _COLUMNS = [column.name for column in fields(Decision)]
 
 
@@ -157,32 +156,8 @@ def _self_test(engine: Engine, bundle: Bundle, ensemble: Ensemble) -> None:
     decision = engine.run(bundle.samples.images, bundle.manifest.masks.seed).decision
     temperature = {voter.name: voter.temperature for voter in ensemble.voters}
     for name in ensemble.members:
-        member, expected = bundle.manifest.member(name), bundle.samples.expected[name]
         if name in temperature:
             votes = decision.votes[:, [voter.name for voter in ensemble.voters].index(name)]  # (m, K)
-            _compare(name, votes, _softmax(expected / temperature[name]))
+            compare(name, votes, softmax(bundle.samples.expected[name] / temperature[name]))
         else:  # only a detector listens: its logits leave the graph as a score, so it is run on its own
-            _compare(name, _softmax(_alone(bundle, member)), _softmax(expected))
-
-
-def _alone(bundle: Bundle, member: MemberManifest) -> Floats:
-    """A member's own answers to the samples, (m, K)."""
-    alone = onnx_member(member.onnx.file, bundle.onnx_bytes[member.name], member.stochastic)
-    return expected_outputs({member.name: alone}, bundle.samples.images, bundle.manifest.masks.seed)[member.name]
-
-
-def _compare(member: str, got: Floats, expected: Floats) -> None:
-    wrong = ~(np.abs(got - expected) <= TOLERANCE).all(axis=1)  # (m,); a NaN is wrong
-    if wrong.any():
-        image = int(wrong.argmax())
-        shown = ", ".join(f"{row[image].argmax()} with {row[image].max():.4f}" for row in (expected, got))
-        raise InvalidBundle(
-            f"self-test: member {member}, sample image {image}: expected class {shown.replace(', ', ', got ', 1)}; "
-            f"{int(wrong.sum())} of {len(wrong)} images differ by more than {TOLERANCE:g}"
-        )
-
-
-def _softmax(logits: Floats) -> Floats:
-    powers: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
-    powers /= powers.sum(axis=1, keepdims=True)
-    return powers
+            check_member(bundle, bundle.manifest.member(name))

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Self
 
-from models.bundle import Bundle, read_bundle
+from models.bundle import Bundle, InvalidBundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble
+from models.self_test import check_member
 from service.batcher import Batcher
-from service.config import ServiceConfig
-from service.engine import ComputeThreads, Engine
+from service.config import DeviceConfig, ServiceConfig
+from service.engine import ComputeThreads, Engine, ProviderUnavailable
 from service.graph_cache import GraphCache, user_cache
 from service.metrics import EnsembleMetrics, Metrics
 
@@ -85,7 +86,7 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
         ready: list[tuple[Ensemble, Engine]] = []
         for name in config.ensembles:
             ensemble = compose_named(bundle, config, name)
-            ready.append((ensemble, Engine(cache.fused(bundle, ensemble), bundle, ensemble, config.device, threads)))
+            ready.append((ensemble, _engine(bundle, ensemble, config.device, cache, threads)))
     except BaseException:
         threads.close()
         raise
@@ -94,6 +95,17 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
     return Ensembles(bundle, loaded, threads)
+
+
+def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, threads: ComputeThreads) -> Engine:
+    try:
+        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads)
+    except (InvalidBundle, ProviderUnavailable):
+        raise
+    except Exception as error:  # of ONNX, spox or ONNX Runtime: theirs have no common base
+        for name in ensemble.members:
+            check_member(bundle, bundle.manifest.member(name))  # names the member, if it cannot even run alone
+        raise InvalidBundle(f"ensemble {ensemble.name}: expected member graphs that can be fused and run, got {error}") from error
 
 
 def compose_named(bundle: Bundle, config: ServiceConfig, name: str) -> Ensemble:

@@ -50,11 +50,15 @@ class UnknownName(InvalidRequest):
         super().__init__(f"unknown {kind} {name[:80]!r}; expected one of: {', '.join(known)}", field)
 
 
+class SilentStream(Exception):
+    """A stream that kept its place for longer than the configuration allows, and asked nothing."""
+
+
 class TooManyCalls(Exception):
     """More calls at once than the configuration allows."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} calls are being answered already, which is the limit; come back later")
+    def __init__(self, limit: int, kind: str = "calls") -> None:
+        super().__init__(f"{limit} {kind} are being answered already, which is the limit; come back later")
         self.retry_seconds = 0.1
 
 
@@ -67,6 +71,7 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = MappingProxyType(
         QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
         TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Draining: grpc.StatusCode.UNAVAILABLE,
+        SilentStream: grpc.StatusCode.ABORTED,
         DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
         CancelledError: grpc.StatusCode.CANCELLED,
     }

@@ -128,6 +128,11 @@ def _refuse_16_bits(encoded: bytes) -> None:
         raise InvalidImage("expected a complete PNG file, got one that does not begin with its header", "encoded")
     if encoded[24] > 8:
         raise InvalidImage(f"expected 8 bits per channel, got {encoded[24]}", "encoded")
+    start = 33  # behind the header; Pillow would obey a second one
+    while (kind := encoded[start + 4 : start + 8]) not in (b"IDAT", b""):
+        if kind == b"IHDR":
+            raise InvalidImage("expected one PNG header, got two", "encoded")
+        start += 12 + int.from_bytes(encoded[start : start + 4], "big")
 
 
 def _flat(image: Image.Image, channels: int) -> Image.Image:

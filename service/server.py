@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from types import FrameType
-from typing import Self
+from typing import Self, cast
 
 import grpc
 from prometheus_client import start_http_server
@@ -27,11 +27,13 @@ from service.pb.inference import open_inference_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
 from service.servicers.gate import Gate
 from service.servicers.health import Health, add_health, add_reflection
+from service.servicers.malformed import Registrar
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.open_inference import OpenInferenceServicer
 
 log = logging.getLogger(__name__)
 
+REFUSING_SECONDS = 0.2  # between the last call that is admitted and the end of listening
 SPARE_THREADS = 16  # so that health checks are answered, and excess calls refused, while every admitted call has its thread
 
 
@@ -74,6 +76,9 @@ class Server:
         log.info("NOT_SERVING; draining")
         time.sleep(shutdown.notice_seconds)
         end = time.monotonic() + shutdown.drain_seconds
+        # gRPC cancels what it has received and not yet handed to us when it stops: a caller is better told to try elsewhere.
+        self._gate.refusing.set()
+        time.sleep(min(REFUSING_SECONDS, shutdown.drain_seconds))
         stopped = self._server.stop(shutdown.drain_seconds)  # refuses new calls at once, cancels what is left at the end
         self._health.end_watches()
         stopped.wait()
@@ -85,8 +90,9 @@ class Server:
     def _add_servicers(self) -> Health:
         native = DefenseEnsembleServicer(self._gate)
         open_inference = OpenInferenceServicer(self._gate, self._config.batching)
-        defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, self._server)
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self._server)
+        registrar = cast(grpc.Server, Registrar(self._server, self._gate))
+        defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, registrar)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
         add_reflection(self._server)
         return add_health(self._server, self._ensembles)
 
@@ -116,11 +122,14 @@ def serve(config: ServiceConfig) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends the process the hard way."""
     ended = threading.Event()
 
-    def end(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def end(*_: object) -> None:
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)
         ended.set()
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, end)
     try:
         with Server(config):
             ended.wait()
@@ -134,6 +143,9 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # else a second server on a busy port would start, and get half of the calls
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # a peer that vanished without a word keeps its streams' places no longer than this
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
     ]
     age = config.limits.max_connection_age_seconds
     if age is not None:
@@ -146,19 +158,29 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
 
 def _listen(server: grpc.Server, config: ServiceConfig) -> Address:
     credentials = _credentials(config.tls) if config.tls else None
-    address = str(config.listen)
+    address = str(_resolved(config.listen))
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
-        raise CannotListen(f"listen: cannot have {address}: another process uses it, or it is not ours") from None
+        raise CannotListen(f"listen: cannot have {config.listen}: another process uses it, or it is not ours") from None
     return Address(config.listen.host, port)
+
+
+def _resolved(address: Address) -> Address:
+    """A name's first address, of IPv4 if it has one: gRPC is content with any of several, so that a busy one goes unnoticed."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise CannotListen(f"listen: cannot have {address}: {error.strerror or error}") from None
+    *_, place = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return Address(str(place[0]), address.port)
 
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     try:
         pair = tls.key.read_bytes(), tls.certificate.read_bytes()
         # gRPC would not say what is wrong with them
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, lambda: b"")  # never ask for one
     except OSError as error:
         raise CannotListen(f"tls: {tls.certificate} and {tls.key}: {error.strerror or error}") from None
     return grpc.ssl_server_credentials([pair])

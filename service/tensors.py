@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.ensemble import Decision
 from models.manifest import InputSpec
+from service.batcher import Result
 from service.codec import AnswerNames
 from service.config import Disclosure, LimitsConfig
 from service.errors import InvalidRequest, NotDisclosed
@@ -19,13 +19,14 @@ from service.pb.inference import open_inference_pb2 as pb
 
 INPUT = "image"
 DATATYPE = "UINT8"
+MASKS_SEED = "masks_seed"
 DTYPES: dict[str, Any] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}  # raw contents are little-endian
 TYPES = {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A column of the decision; its name is the decision's field."""
+    """A column of the decision, whose field it is named after, or the seed of the masks."""
 
     name: str
     datatype: str
@@ -50,6 +51,7 @@ def possible_outputs(names: AnswerNames) -> tuple[Output, ...]:
         Output("probabilities", "FP32", (classes,), Disclosure.PROBABILITIES),
         Output("votes", "FP32", (voters, classes), Disclosure.EVIDENCE),
         *(screened if detectors else ()),
+        *([Output(MASKS_SEED, "INT64", (), Disclosure.EVIDENCE)] if names.masks else ()),
     )
 
 
@@ -128,9 +130,10 @@ def _refuse_shared_memory(
         raise InvalidRequest("expected contents in the message: this server offers no shared memory", f"{field}.parameters")
 
 
-def write_outputs(response: pb.ModelInferResponse, decision: Decision, outputs: Sequence[Output]) -> None:
-    n = len(decision.label)
+def write_outputs(response: pb.ModelInferResponse, result: Result, outputs: Sequence[Output]) -> None:
+    n = len(result.decision.label)
     for output in outputs:
-        column = np.ascontiguousarray(getattr(decision, output.name), DTYPES[output.datatype])
+        values = result.masks_seeds if output.name == MASKS_SEED else getattr(result.decision, output.name)
+        column = np.ascontiguousarray(values, DTYPES[output.datatype])
         response.outputs.add(name=output.name, datatype=output.datatype, shape=(n, *output.shape))
         response.raw_output_contents.append(column.tobytes())

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.manifest import InputSpec
-from service.batcher import DeadlineExceeded, Result
+from service.batcher import DeadlineExceeded, Draining, Result
 from service.codec import AnswerNames
 from service.config import LimitsConfig
 from service.ensembles import Ensembles, LoadedEnsemble
@@ -54,6 +54,7 @@ class Gate:
                     manifest.classes,
                     tuple(voter.name for voter in loaded.ensemble.voters),
                     tuple(str(detector.name) for detector in loaded.ensemble.detectors),
+                    any(manifest.member(name).stochastic for name in loaded.ensemble.members),
                 ),
                 spec=manifest.input,
                 bundle_version=manifest.version,
@@ -67,6 +68,9 @@ class Gate:
         self.failed_seconds: dict[str, float] = {}  # by ensemble
         self._failures = threading.Lock()
         self._places = threading.BoundedSemaphore(limits.max_concurrent_calls)
+        # A stream keeps its place while it is silent: so that streams never shut out whoever has one question.
+        self._stream_places = threading.BoundedSemaphore(max(1, limits.max_concurrent_calls // 2))
+        self.refusing = threading.Event()  # set when the server ends: no call is admitted any more
 
     def find(self, name: str) -> Served:
         """The ensemble of this name; the default one for no name."""
@@ -122,12 +126,28 @@ class Gate:
             self.leave()
 
     def admit(self) -> None:
-        """Take one of the places for calls, or raise TooManyCalls; `leave` gives it back."""
+        """Take one of the places for calls, or raise TooManyCalls or Draining; `leave` gives it back."""
+        if self.refusing.is_set():
+            raise Draining("this server is shutting down")
         if not self._places.acquire(blocking=False):
             raise TooManyCalls(self.limits.max_concurrent_calls)
 
     def leave(self) -> None:
         self._places.release()
+
+    def admit_stream(self) -> None:
+        """As `admit`, for a stream; `leave_stream` gives the place back."""
+        if not self._stream_places.acquire(blocking=False):
+            raise TooManyCalls(max(1, self.limits.max_concurrent_calls // 2), "streams")
+        try:
+            self.admit()
+        except Exception:
+            self._stream_places.release()
+            raise
+
+    def leave_stream(self) -> None:
+        self.leave()
+        self._stream_places.release()
 
 
 def abort(failure: Failure, context: grpc.ServicerContext) -> Never:
@@ -140,15 +160,20 @@ def seconds_left(context: grpc.ServicerContext) -> float | None:
     return None if left > A_YEAR else left
 
 
+def deadline_of(context: grpc.ServicerContext) -> float | None:
+    """The caller's deadline on the batcher's clock."""
+    left = seconds_left(context)
+    return None if left is None else time.monotonic() + left
+
+
 def submit(served: Served, images: NDArray[np.uint8], context: grpc.ServicerContext) -> Future[Result]:
     """Queue images; they leave the queue when the caller's deadline passes."""
-    left = seconds_left(context)
-    return served.loaded.batcher.submit(images, None if left is None else time.monotonic() + left)
+    return served.loaded.batcher.submit(images, deadline_of(context))
 
 
 def compute(served: Served, images: NDArray[np.uint8], context: grpc.ServicerContext) -> Result:
     """The answers to images: at once where nobody else is about, else through the queue, which they leave when the caller does."""
-    if (result := served.loaded.batcher.compute_now(images)) is not None:
+    if (result := served.loaded.batcher.compute_now(images, deadline_of(context))) is not None:
         return result
     future = submit(served, images, context)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import defense_ensemble_pb2
@@ -16,6 +17,9 @@ SERVICES = (
     defense_ensemble_pb2.DESCRIPTOR.services_by_name["DefenseEnsemble"].full_name,
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+
+
+REFLECTION_STREAMS = 4
 
 
 class Health(health.HealthServicer):
@@ -46,5 +50,22 @@ def add_health(server: grpc.Server, ensembles: Iterable[str]) -> Health:
     return servicer
 
 
+class Reflection(reflection.ReflectionServicer):
+    """grpcio's, but of its streams only a few are open at once: each keeps a thread for as long as its caller likes."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self._places = threading.BoundedSemaphore(REFLECTION_STREAMS)
+
+    def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        if not self._places.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTION_STREAMS} callers are told already; come back later")
+        try:
+            yield from super().ServerReflectionInfo(request_iterator, context)
+        finally:
+            self._places.release()
+
+
 def add_reflection(server: grpc.Server) -> None:
-    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), server)  # type: ignore[no-untyped-call]

@@ -73,7 +73,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         began = perf_counter()
         response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
         response.parameters["bundle_version"].string_param = served.bundle_version
-        write_outputs(response, result.decision, outputs)
+        write_outputs(response, result, outputs)
         served.metrics.encode(perf_counter() - began)
         return response
 

@@ -1,7 +1,8 @@
 """ClassifyStream: a reader takes requests in and queues their images, while the handler answers them in order.
 
 So images of one stream share runs with each other and with everybody else's.  At most WINDOW requests of a stream are
-in the service at once; then the reader stops reading, and gRPC's flow control makes the sender wait.
+in the service at once; then the reader stops reading, and gRPC's flow control makes the sender wait. A stream that asks
+nothing for long is ended, and so is one with nothing left to answer when the server ends: it would keep its thread.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import grpc
 import numpy as np
 
-from service.batcher import Result
+from service.batcher import Draining, Result
 from service.codec import Answers, decode_one, disclosure, write_error
 from service.config import Disclosure
-from service.errors import TooManyCalls, failure_of, request_id_of
+from service.errors import SilentStream, TooManyCalls, failure_of, request_id_of
 from service.images import PixelBudget
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.gate import Gate, Served, abort, submit, wait
+from service.servicers.malformed import Malformed
 
 WINDOW = 64
 METHOD = "ClassifyStream"
+LOOK_SECONDS = 0.5  # how often a silent stream looks whether the server ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,17 @@ def answer_stream(
     gate: Gate, requests: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
 ) -> Iterator[pb.ClassifyStreamResponse]:
     try:
-        gate.admit()
-    except TooManyCalls as error:
-        abort(failure_of(error, request_id_of(context)), context)
+        gate.admit_stream()
+    except (Draining, TooManyCalls) as error:
+        failure = failure_of(error)
+        gate.end(METHOD, "", gate.begin(METHOD, ""), failure.code)  # an admitted stream is counted by its requests
+        abort(failure, context)
     try:
         yield from _Stream(gate, context).answers(requests)
+    except (Draining, SilentStream) as error:
+        abort(failure_of(error), context)
     finally:
-        gate.leave()
+        gate.leave_stream()
 
 
 class _Stream:
@@ -71,16 +78,28 @@ class _Stream:
     def answers(self, requests: Iterator[pb.ClassifyStreamRequest]) -> Iterator[pb.ClassifyStreamResponse]:
         self._context.add_callback(self._end)  # the caller gave up: the reader must not wait for room any more
         threading.Thread(target=self._read, args=(requests,), name="stream-reader", daemon=True).start()
-        last: _Entry | None = None
         try:
-            while (last := self._entries.get()) is not None:
-                response = self._leave(last)
+            while (entry := self._next()) is not None:
+                response = self._leave(entry)
                 self._room.release()
                 yield response
         finally:
             self._end()
-            if last is not None:  # ended early: what was read is counted out
-                self._abandon()
+            self._abandon()
+
+    def _next(self) -> _Entry | None:
+        """The entry to answer next, or None at the end; a stream that waits for its caller does not wait for ever."""
+        until = monotonic() + self._gate.limits.stream_idle_seconds
+        while not self._gate.refusing.is_set():
+            try:
+                return self._entries.get(timeout=min(LOOK_SECONDS, max(0.0, until - monotonic())))
+            except queue.Empty:
+                if monotonic() >= until:
+                    raise SilentStream(f"no request came for {self._gate.limits.stream_idle_seconds:g} s") from None
+        try:
+            return self._entries.get_nowait()
+        except queue.Empty:
+            raise Draining("this server is shutting down") from None
 
     def _read(self, requests: Iterator[pb.ClassifyStreamRequest]) -> None:
         try:
@@ -92,6 +111,8 @@ class _Stream:
                     self._entries.put(self._enter(request))
         finally:
             self._entries.put(None)
+            if self._over.is_set():  # while it read the last request
+                self._abandon()
 
     def _end(self) -> None:
         self._over.set()
@@ -100,10 +121,15 @@ class _Stream:
             future.cancel()
 
     def _abandon(self) -> None:
-        while (entry := self._entries.get()) is not None:
-            self._gate.end(METHOD, entry.ensemble, entry.began, grpc.StatusCode.CANCELLED)
+        """Count out what was read and will not be answered."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (entry := self._entries.get_nowait()) is not None:
+                    self._gate.end(METHOD, entry.ensemble, entry.began, grpc.StatusCode.CANCELLED)
 
-    def _enter(self, request: pb.ClassifyStreamRequest) -> _Entry:
+    def _enter(self, request: pb.ClassifyStreamRequest | Malformed) -> _Entry:
+        if isinstance(request, Malformed):
+            return _Entry("", "", self._gate.begin(METHOD, ""), request.error)
         began = self._gate.begin(METHOD, request.ensemble)
         return _Entry(request.id, request.ensemble, began, self._submitted(request))
 

@@ -122,6 +122,10 @@ def test_what_kubernetes_injects_for_a_service_called_phalanx_is_not_ours() -> N
         pytest.param("a: [", r"phalanx.yaml, line \d: not YAML", id="not YAML"),
         pytest.param("a: \x01", "phalanx.yaml: not YAML: .*special characters", id="a control character"),
         pytest.param("- a", "expected keys and values", id="a list"),
+        pytest.param("a: &x [*x]", "line 1: expected at most 16 levels", id="an alias of itself"),
+        pytest.param("bundle: ''", "line 1: bundle: expected the path of a bundle's folder, got nothing", id="no bundle"),
+        pytest.param("shutdown: {drain_seconds: .inf}", "shutdown.drain_seconds: .*finite", id="for ever"),
+        pytest.param("limits: {max_message_bytes: 9999999999}", "limits.max_message_bytes: .*less", id="more than gRPC can count"),
         pytest.param("device: {provider: tpu}", "device.provider: .*'cuda'", id="an unknown provider"),
     ],
 )
@@ -145,7 +149,9 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
         pytest.param("PHALANX_BATCHING__MAX_DELAY", "1", "did you mean `max_delay_ms`", id="a nested key"),
         pytest.param("PHALANX_LISTEN__PORT", "1", "unknown key `listen.port`", id="a key below a value"),
         pytest.param("PHALANX_LISTEN", "nonsense", "PHALANX_LISTEN: listen: expected host:port", id="a value"),
+        pytest.param("PHALANX_LISTEN__HOST", "1", "unknown key `listen.host`; `listen` holds a value", id="another one"),
         pytest.param("PHALANX_ENSEMBLES", "{full: [}", "PHALANX_ENSEMBLES: not YAML", id="broken YAML"),
+        pytest.param("PHALANX_ENSEMBLES", "{full: {}, full: {}}", "`full` was already given", id="a key given twice"),
     ],
 )
 def test_a_bad_variable_is_refused_by_its_name(variable: str, value: str, sentence: str) -> None:

@@ -26,6 +26,7 @@ OUTPUTS = {
     "statistic": ("FP32", [-1]),
     "scores": ("FP32", [-1, 4]),
     "p_values": ("FP32", [-1, 4]),
+    "masks_seed": ("INT64", [-1]),
 }
 
 
@@ -89,6 +90,13 @@ def test_both_apis_give_the_same_answers(running: Running) -> None:
     np.testing.assert_allclose(found["probabilities"], [answer.probabilities for answer in native], atol=1e-5)
     np.testing.assert_allclose(found["votes"], [[vote.probabilities for vote in a.votes] for a in native], atol=1e-5)
     np.testing.assert_allclose(found["scores"], [[d.score for d in a.detections] for a in native], rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_masks_are_answered_with_their_seed(running: Running) -> None:
+    fixed = arrays(running.open_inference.ModelInfer(inference(random_pixels(3), outputs=("masks_seed",))))
+    assert set(fixed["masks_seed"]) == {running.native.Classify(request(random_pixels(1))).results[0].classification.masks_seed}
+    fresh = [arrays(running.open_inference.ModelInfer(inference(random_pixels(3), model="fresh"))) for _ in range(2)]
+    assert len({int(seed) for found in fresh for seed in found["masks_seed"]}) == 2
 
 
 def test_listed_contents_do_as_raw_ones(running: Running) -> None:
@@ -228,7 +236,7 @@ def test_bad_outputs_are_refused(running: Running, outputs: tuple[str, ...], sen
 @pytest.mark.parametrize("limit", ["label", "verdict", "probabilities"])
 def test_the_disclosure_limit_binds_both_apis(tiny_bundle: Path, graphs: GraphCache, limit: str) -> None:
     levels = {"label": 1, "verdict": 3, "probabilities": 7}
-    allowed = [name for name in OUTPUTS if name not in ("votes", "scores", "p_values")][: levels[limit]]
+    allowed = [name for name in OUTPUTS if name not in ("votes", "scores", "p_values", "masks_seed")][: levels[limit]]
     with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits={"disclosure": limit}) as running:
         stub = running.open_inference
         assert [each.name for each in stub.ModelMetadata(pb.ModelMetadataRequest(name="full")).outputs] == allowed

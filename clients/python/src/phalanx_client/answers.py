@@ -159,6 +159,7 @@ class Limits:
     max_images_per_request: int
     max_message_bytes: int
     max_image_pixels: int
+    max_request_pixels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,5 +228,6 @@ def ensemble(message: pb.Ensemble) -> Ensemble:
             limits.max_images_per_request,
             limits.max_message_bytes,
             limits.max_image_pixels,
+            limits.max_request_pixels,
         ),
     )
