@@ -76,7 +76,7 @@ def margin_pgd(
 ) -> Attacked:
     """PGD on the margin, step eps/8 unless told otherwise; the first start is the image itself, the others random.
 
-    The best iterate of every image is kept, and an image that is fooled is left alone from then on. A gradient that
+    The best iterate of every image is kept; images that are fooled are left out of the next start. A gradient that
     is not finite is treated as 0, and so cannot pass for robustness: the random restarts still stand against it.
     """
     step = epsilon / 8 if step_size is None else step_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from training import export, train
@@ -16,4 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then export. Run again after a kill: it goes on."""
-    return train.run(args) or export.run(args)
+    if args.output is not None:
+        export.check_output(args.output)
+    failed = train.run(args)
+    # Of several processes, each with a GPU of its own, the first exports.
+    return failed or (export.run(args) if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0 else 0)

@@ -8,6 +8,7 @@ member, and then the fit says so.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from models.bundle import SubsetRow
 from models.ensemble import Ensemble, Reading, RuleName, Voter, combine, log_votes
 from models.manifest import Strength
 from training.attacks import margin_pgd
+from training.checkpoint import write_durably
 from training.data import Images
 from training.recipe import CalibrationRecipe
 from training.step import step_generator
@@ -84,28 +87,35 @@ def fit(
         pool = replace(pool, attacked={**pool.attacked, f"transfer from {name}": attacks.on_member(name)})
         # A natural network under its own attack is always wrong, and the best temperature for that is infinite; what
         # the rule wants of an accurate voter is calibrated confidence on clean images.
-        fitted_on = pool.attacked[f"transfer from {name}"][name] if strength == "robust" else pool.clean[name]
-        temperatures[name] = fit_temperature(fitted_on, pool.labels)
-        alone = (fitted_on.argmax(1) == pool.labels).mean()
-        report(
-            f"{name}: temperature {temperatures[name]:.3f}, accuracy {alone:.3f} on what it was fitted on (n = {len(pool.labels)})"
-        )
+        if strength == "robust":
+            fitted_on, labels = pool.attacked[f"transfer from {name}"][name], pool.labels
+        else:
+            fitted_on, labels = everything[name], held_out.labels
+        temperatures[name] = fit_temperature(fitted_on, labels)
+        alone = (fitted_on.argmax(1) == labels).mean()
+        report(f"{name}: temperature {temperatures[name]:.3f}, accuracy {alone:.3f} on what it was fitted on (n = {len(labels)})")
 
     subsets = [tuple(sorted(names)) for size in range(len(strengths)) for names in combinations(strengths, size + 1)]
     rows: dict[tuple[str, ...], SubsetRow] = {}
+    classes = next(iter(pool.clean.values())).shape[1]
     for round_ in range(settings.rounds + 1):
         for subset in subsets:
             rows[subset] = fit_subset(subset, strengths, temperatures, pool, settings)
-        if round_ == settings.rounds:
-            break
         for subset, row in rows.items():
             if max(row.weights.values()) == 1.0 and row.rule != RuleName.MIXED:
                 continue  # one member alone, which has been attacked already
-            ensemble = as_ensemble(row, strengths, temperatures, next(iter(pool.clean.values())).shape[1])
+            ensemble = as_ensemble(row, strengths, temperatures, classes)
             name = f"round {round_ + 1}: {'+'.join(subset)}"
             pool = replace(pool, attacked={**pool.attacked, name: attacks.on_system(ensemble)})
             report(f"{name}: fitted robust accuracy {row.robust:.3f}, under its own attack {worst_case(ensemble, pool):.3f}")
-    return Fit(temperatures, tuple(rows.values()))
+    # What is fitted last was chosen before it was attacked: the figure that stays is the one under all that was found.
+    return Fit(
+        temperatures,
+        tuple(
+            row.model_copy(update={"robust": worst_case(as_ensemble(row, strengths, temperatures, classes), pool)})
+            for row in rows.values()
+        ),
+    )
 
 
 def fit_temperature(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -139,8 +149,18 @@ def fit_subset(
     singles = [row for row in judged if row.rule == RuleName.WEIGHTED and max(row.weights.values()) == 1.0]
     floor = max(singles, key=lambda row: row.robust).clean - settings.clean_tolerance
     allowed = [row for row in judged if row.clean >= floor]
-    best = max(row.robust for row in allowed)
-    return max((row for row in allowed if row.robust >= best - settings.robust_slack), key=lambda row: (row.clean, row.robust))
+    chosen = _best(allowed, settings.robust_slack)
+    if chosen.rule != RuleName.MIXED and (mixtures := [row for row in judged if row.rule == RuleName.MIXED]):
+        # An operator may still ask for the mixed rule: alpha and s are what would then be best, at these weights.
+        mixture = _best([row for row in mixtures if row.weights == chosen.weights], settings.robust_slack)
+        chosen = chosen.model_copy(update={"alpha": mixture.alpha, "scale": mixture.scale})
+    return chosen
+
+
+def _best(rows: Sequence[SubsetRow], slack: float) -> SubsetRow:
+    """Of those within `slack` of the best worst case, the one that is best on clean images."""
+    best = max(row.robust for row in rows)
+    return max((row for row in rows if row.robust >= best - slack), key=lambda row: (row.clean, row.robust))
 
 
 def candidates(subset: Sequence[str], strengths: Mapping[str, Strength]) -> Iterator[SubsetRow]:
@@ -204,9 +224,10 @@ class _Attacks:
         self.members, self.epsilon, self.steps, self.seed, self.cache = members, epsilon, steps, seed, cache
         self.pixels = torch.from_numpy(images.pixels).to(members.device).float()
         self.labels = torch.from_numpy(images.labels).to(members.device)
-        digest = hashlib.sha256(images.pixels.tobytes() + repr((epsilon, steps, seed)).encode())
+        digest = hashlib.sha256(images.pixels.tobytes() + images.labels.tobytes())
+        digest.update(repr((epsilon, steps, seed, members.masks_seed)).encode())
         for name, network in members.networks.items():
-            digest.update(name.encode())
+            digest.update(f"{name} {getattr(network, 'config', None)!r} {network}".encode())
             for value in network.state_dict().values():
                 digest.update(value.cpu().numpy().tobytes())
         self.context = digest.hexdigest()
@@ -223,12 +244,11 @@ class _Attacks:
     def _run(self, what: str, target: Callable[[torch.Tensor], torch.Tensor]) -> Logits:
         key = hashlib.sha256(f"{self.context}:{what}".encode()).hexdigest()[:24]
         path = self.cache / f"{key}.safetensors"
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError, SafetensorError):  # one that was cut short is made again
             return load_file(path)
         generator = step_generator(self.pixels.device, self.seed, "calibration")
         found = margin_pgd(target, self.pixels, self.labels, self.epsilon, self.steps, generator, restarts=1)
         answers = {name: logits.cpu().numpy() for name, logits in self.members.logits_on(found.pixels.cpu().numpy()).items()}
         self.cache.mkdir(parents=True, exist_ok=True)
-        save_file(answers, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        write_durably(path, save(answers))
         return answers

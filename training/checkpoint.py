@@ -1,26 +1,41 @@
-"""Checkpoints that survive a kill at any moment: written aside, synced, renamed."""
+"""Files that survive a kill at any moment: written aside, synced, renamed; and one trainer at a time."""
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-class StaleCheckpoint(RuntimeError):
-    """A checkpoint that another recipe, or other data, left behind."""
+from training.refused import TrainingRefused
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that `path` holds the old checkpoint or the new one, never a part of either."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+class StaleCheckpoint(TrainingRefused):
+    """A checkpoint or weights that another recipe, or other data, left behind."""
+
+
+class AlreadyTraining(TrainingRefused):
+    """Another process writes the same files."""
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write so that `path` holds what it held or all of `content`, never a part of either."""
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk should not stay full of it
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -28,11 +43,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.close(folder)
 
 
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`, durably."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_durably(path, buffer.getvalue())
+
+
+@contextmanager
+def only_trainer(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path` inside; it goes with the process, however that ends. Raises AlreadyTraining."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise AlreadyTraining(f"another process holds {path}, and trains this member already") from None
+        yield
+
+
 def load_checkpoint(path: Path, fingerprint: str, device: torch.device) -> dict[str, Any] | None:
     """The state at `path`, None where there is none; raises StaleCheckpoint if it belongs to something else."""
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StaleCheckpoint(f"{path} is damaged ({error}); delete it to start afresh") from error
     if state["fingerprint"] != fingerprint:
         raise StaleCheckpoint(
             f"{path} was written by another recipe or other data; train into another folder, or delete it to start afresh"

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable
 
 from models.bundle import InvalidBundle
+from models.composition import InvalidEnsemble
 from training import build, evaluate, export, train
-from training.checkpoint import StaleCheckpoint
-from training.data import InvalidData
-from training.recipe import InvalidRecipe
+from training.refused import TrainingRefused
 
 COMMANDS = {"build": build, "train": train, "export": export, "evaluate": evaluate}
 
@@ -28,9 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return runners[args.command](args)
-    except (InvalidRecipe, InvalidData, InvalidBundle, StaleCheckpoint) as error:
+    except (TrainingRefused, InvalidBundle, InvalidEnsemble, OSError) as error:
         print(f"phalanx-train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("phalanx-train: stopped; what was reached is kept, run the same command to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,12 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.recipe import DataRecipe
+from training.refused import TrainingRefused
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
-class InvalidData(ValueError):
+class InvalidData(TrainingRefused):
     """A data set that does not hold what a recipe needs; says what was expected and what came."""
 
 
@@ -46,6 +50,7 @@ class Splits:
     calibration: Images
     test: Images
     classes: tuple[str, ...]
+    source: str  # where they came from
     fingerprint: str
 
     @property
@@ -60,15 +65,17 @@ def load_splits(recipe: DataRecipe, source: str | None = None) -> Splits:
     where = source or recipe.source
     loaded = _load(where, recipe.revision if source is None else None)
     train, classes = _read(loaded, recipe.train, where)
-    test, _ = _read(loaded, recipe.test, where)
-    if isinstance(recipe.calibration, int):
-        rest, taken = stratified_split(train.labels, recipe.calibration, recipe.split_seed)
-        train, calibration = train.take(rest), train.take(taken)
-    else:
-        calibration, _ = _read(loaded, recipe.calibration, where)
+    parts: dict[str, Images] = {}
+    for name, chosen in (("test", recipe.test), ("calibration", recipe.calibration)):
+        if isinstance(chosen, int):
+            rest, taken = stratified_split(train.labels, chosen, recipe.split_seed)
+            train, parts[name] = train.take(rest), train.take(taken)
+        else:
+            parts[name], _ = _read(loaded, chosen, where)
+    test, calibration = parts["test"], parts["calibration"]
     rest, taken = stratified_split(train.labels, round(recipe.held_out * len(train)), recipe.split_seed)
     fit, held_out = train.take(rest), train.take(taken)
-    for name, part in (("test", test), ("calibration", calibration)):
+    for name, part in parts.items():
         if part.pixels.shape[1:] != fit.pixels.shape[1:]:
             raise InvalidData(
                 f"{where}: the {name} images have shape {part.pixels.shape[1:]}, training images {fit.pixels.shape[1:]}"
@@ -77,7 +84,15 @@ def load_splits(recipe: DataRecipe, source: str | None = None) -> Splits:
     for part in (fit, held_out, calibration, test):
         digest.update(part.pixels.tobytes())
         digest.update(part.labels.tobytes())
-    return Splits(fit, held_out, calibration, test, classes, digest.hexdigest())
+    return Splits(fit, held_out, calibration, test, classes, _named(recipe, source), digest.hexdigest())
+
+
+def _named(recipe: DataRecipe, source: str | None) -> str:
+    """The source for people to read: a hub id with its revision, a folder by its name, wherever it lies."""
+    if source is None and recipe.revision:
+        return f"{recipe.source}@{recipe.revision}"
+    where = source or recipe.source
+    return f"folder {Path(where).resolve().name!r}" if Path(where).is_dir() else where
 
 
 def stratified_split(labels: NDArray[np.int64], take: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -97,10 +112,7 @@ def stratified_split(labels: NDArray[np.int64], take: int, seed: int) -> tuple[N
 
 
 def _load(where: str, revision: str | None) -> datasets.DatasetDict:
-    folder = Path(where)
     try:
-        if folder.is_dir() and not _has_data_files(folder):
-            return datasets.load_dataset("imagefolder", data_dir=str(folder))
         return datasets.load_dataset(where, revision=revision)
     except Exception as error:  # the library raises a dozen unrelated types here; all mean the same to the caller
         raise InvalidData(
@@ -109,30 +121,39 @@ def _load(where: str, revision: str | None) -> datasets.DatasetDict:
         ) from error
 
 
-def _has_data_files(folder: Path) -> bool:
-    return any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
-
-
 def _read(loaded: datasets.DatasetDict, split: str, where: str) -> tuple[Images, tuple[str, ...]]:
     if split not in loaded:
-        raise InvalidData(f"{where}: expected a split {split!r}, found {', '.join(map(str, loaded)) or 'none'}")
+        raise InvalidData(
+            f"{where}: expected a split {split!r}, found {', '.join(map(str, loaded)) or 'none'}; a recipe's data.test and "
+            f"data.calibration may also say how many training images to hold out"
+        )
     table = loaded[split]
     image_column = _column(table, IMAGE_COLUMNS, where)
     label_column = _column(table, LABEL_COLUMNS, where)
     feature = table.features[label_column]
     if not isinstance(feature, datasets.ClassLabel):
         raise InvalidData(f"{where}: column {label_column!r} should be a ClassLabel with names, is {feature}")
-    table = table.cast_column(image_column, datasets.Image(decode=True))
+    table = table.cast_column(image_column, datasets.Image(decode=False))
     labels = np.asarray(table[label_column], dtype=np.int64)
-    first = _decode(table[0][image_column])
-    pixels = np.empty((len(table), *first.shape), dtype=np.uint8)
-    for i, picture in enumerate(table[image_column]):
-        decoded = _decode(picture)
-        if decoded.shape != first.shape:
+    if len(labels) == 0 or labels.min() < 0:
+        raise InvalidData(
+            f"{where}: expected labeled images in {split}, got {int((labels < 0).sum())} of {len(labels)} without one"
+        )
+    pixels: NDArray[np.uint8] | None = None
+    for i in range(len(table)):
+        try:
+            decoded = _decode(table[i][image_column])
+        except (OSError, SyntaxError, InvalidData) as error:  # Pillow raises either over a broken file
+            raise InvalidData(f"{where}: image {i} of {split}: {error}") from error
+        if pixels is None:
+            pixels = np.empty((len(table), *decoded.shape), dtype=np.uint8)
+        if decoded.shape != pixels.shape[1:]:
             raise InvalidData(
-                f"{where}: image {i} of {split} has shape {decoded.shape}, the first {first.shape}; resize them alike first"
+                f"{where}: expected images alike, got height, width and channels {decoded.shape} for image {i} of {split} and "
+                f"{pixels.shape[1:]} for those before it"
             )
         pixels[i] = decoded
+    assert pixels is not None
     return Images(pixels, labels), tuple(feature.names)
 
 
@@ -140,10 +161,27 @@ def _column(table: datasets.Dataset, names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in table.column_names:
             return name
-    raise InvalidData(f"{where}: expected a column named {' or '.join(names)}, found {', '.join(table.column_names)}")
+    hint = "; of class folders there must be two or more" if table.column_names == ["image"] else ""
+    raise InvalidData(f"{where}: expected a column named {' or '.join(names)}, found {', '.join(table.column_names)}{hint}")
 
 
-def _decode(picture: Image.Image) -> NDArray[np.uint8]:
+def _decode(stored: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Pixels (h, w, c) as serving would see them: what is transparent is black, and 16 bits are refused.
+
+    `stored` is how `datasets` keeps an image: its encoded `bytes`, or the `path` of its file.
+    """
+    encoded = stored["bytes"]
+    with Image.open(Path(stored["path"]) if encoded is None else io.BytesIO(encoded)) as picture:
+        picture.load()
+        return _pixels(picture)
+
+
+def _pixels(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith(("I", "F")):
+        raise InvalidData(f"expected 8 bits per channel, got Pillow's mode {picture.mode}")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     pixels = np.asarray(picture, dtype=np.uint8)

@@ -41,13 +41,13 @@ from models.networks.metric import MetricNetwork
 from models.outputs import CALIBRATION_BATCH
 from training.calibrate import Fit, fit
 from training.data import Images, Splits, load_splits
-from training.loop import network_config
+from training.loop import network_config, read_weights
 from training.onnx_export import check_parity, export_onnx
-from training.recipe import InvalidRecipe, Recipe, load_recipe
+from training.recipe import Recipe, load_recipe
+from training.refused import TrainingRefused
 from training.system import Members, frozen_network
 
 LIBRARIES = ("torch", "lightning-fabric", "datasets", "numpy", "onnx", "onnxscript", "safetensors")
-SAMPLES_A_CLASS = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,16 +64,23 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = load_recipe(args.recipe)
-    splits = load_splits(recipe.data, args.data)
     folder = args.runs / recipe.name
+    check_output(args.output or folder / "bundle")
+    splits = load_splits(recipe.data, args.data)
     bundle = export_bundle(recipe, splits, folder, args.output or folder / "bundle")
     sys.stdout.write(f"{bundle.path}: bundle {bundle.manifest.name} {bundle.manifest.version}\n")
     return 0
 
 
+def check_output(path: Path) -> None:
+    """Refuse at the start what would be refused at the end, hours later: a place that holds something else."""
+    if path.exists() and not (path / "manifest.json").is_file() and (path.is_file() or any(path.iterdir())):
+        raise TrainingRefused(f"{path}: expected a free place or a bundle to replace, got something else")
+
+
 def export_bundle(recipe: Recipe, splits: Splits, folder: Path, output: Path) -> Bundle:
     """From the weights in `folder` to a bundle at `output`."""
-    weights: dict[str, bytes] = {kind: _read_weights(folder / f"{kind}.safetensors") for kind in recipe.members}
+    weights: dict[str, bytes] = {kind: read_weights(recipe, kind, splits, folder) for kind in recipe.members}
     configs: dict[str, dict[str, Any]] = {kind: network_config(recipe, kind, splits) for kind in recipe.members}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks: dict[str, torch.nn.Module] = {
@@ -101,7 +108,7 @@ def export_bundle(recipe: Recipe, splits: Splits, folder: Path, output: Path) ->
         calibration=calibration_outputs(
             runs, _in_batches(splits.calibration.pixels), splits.calibration.labels.astype(np.int16), recipe.seed
         ),
-        calibration_source=f"{recipe.data.source}, calibration split",
+        calibration_source=f"{splits.source}, calibration images",
         calibration_fingerprint=hashlib.sha256(splits.calibration.pixels.tobytes()).hexdigest(),
         samples=Samples(samples.pixels, samples.labels.astype(np.int16), expected_outputs(runs, samples.pixels, recipe.seed)),
         provenance=_provenance(recipe, splits),
@@ -153,17 +160,11 @@ def _in_batches(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         yield pixels[start : start + CALIBRATION_BATCH]
 
 
-def _read_weights(path: Path) -> bytes:
-    if not path.is_file():
-        raise InvalidRecipe(f"no weights at {path}: train this member first (`phalanx-train train`)")
-    return path.read_bytes()
-
-
 def _provenance(recipe: Recipe, splits: Splits) -> Provenance:
     return Provenance(
         recipe=recipe.model_dump(mode="json"),
         seed=recipe.seed,
-        data_name=recipe.data.source,
+        data_name=splits.source,
         data_fingerprint=splits.fingerprint,
         epsilon=recipe.epsilon,
         commit=_commit(),

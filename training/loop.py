@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,26 +14,33 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from models.networks import NETWORKS, build_network
 from models.networks.bayesian import BayesianNetwork
-from training.attacks import Logits, pgd
+from training.attacks import Logits, pgd, to_uint8
 from training.augment import augment
 from training.averaging import WeightAverage
 from training.bayesian import TRAINING_MASKS, draw_masks
-from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import Images, Splits
+from training.checkpoint import StaleCheckpoint, load_checkpoint, save_checkpoint, write_durably
+from training.data import Images, InvalidData, Splits
 from training.defenses import DEFENSES
 from training.progress import Progress
-from training.recipe import MemberKind, Recipe, Schedule
+from training.recipe import InvalidRecipe, MemberKind, Recipe, Schedule
+from training.refused import TrainingRefused
 from training.step import Batch, Trainee, step_generator
 
 HELD_OUT_CHECK = 256
 """Held-out images of an epoch's check; enough to see a collapse, cheap enough for every epoch."""
 HELD_OUT_STEPS = 5
+RECORD = "phalanx"  # the entry of a weights file's metadata that says how it came about
+
+
+class Diverged(TrainingRefused):
+    """The loss is not finite."""
 
 
 @dataclass
@@ -81,20 +89,27 @@ def train_member(
     steps_an_epoch = len(splits.fit) // schedule.batch_size
     total = schedule.epochs * steps_an_epoch
     if steps_an_epoch == 0:
-        raise ValueError(f"{len(splits.fit)} training images do not fill one batch of {schedule.batch_size}")
+        raise InvalidData(f"{len(splits.fit)} training images do not fill one batch of {schedule.batch_size}")
 
     fingerprint = f"{recipe.fingerprint(kind)}:{splits.fingerprint}"
+    trained_by = f"{fabric.world_size} processes of {torch.get_num_threads()} threads"
     checkpoint, step, best = folder / f"{kind}.ckpt", 0, Standing()
     if (state := load_checkpoint(checkpoint, fingerprint, device)) is not None:
         raw.load_state_dict(state["network"])
         average.network.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, best = state["step"], Standing(**state["best"])
+        if state["trained_by"] != trained_by and fabric.is_global_zero:
+            print(
+                f"{kind}: begun by {state['trained_by']}, goes on with {trained_by}: the weights will not be bit for bit those of "
+                f"an uninterrupted run",
+                file=sys.stderr,
+            )
 
     def state_now() -> dict[str, Any]:
         return {
             "fingerprint": fingerprint, "step": step, "network": raw.state_dict(), "average": average.network.state_dict(),
-            "optimizer": optimizer.state_dict(), "best": vars(best),
+            "optimizer": optimizer.state_dict(), "best": vars(best), "trained_by": trained_by,
         }  # fmt: skip
 
     curves = SummaryWriter(folder / "tensorboard" / kind, purge_step=step) if fabric.is_global_zero else None
@@ -118,12 +133,11 @@ def train_member(
             fabric_optimizer.step()
             average.update(raw, step)
             step += 1
+            loss = float(outcome.loss.detach())
+            if not np.isfinite(loss):
+                raise Diverged(f"{kind}: the loss is {loss} at step {step}; lower the learning rate, or train in 32-true")
             if step % 10 == 0 or step == total:
-                loss, accuracy = float(outcome.loss.detach()), float(outcome.accuracy)
-                if not np.isfinite(loss):
-                    raise FloatingPointError(
-                        f"{kind}: the loss is {loss} at step {step}; lower the learning rate or the precision's reach"
-                    )
+                accuracy = float(outcome.accuracy)
                 progress.advance(step, loss=loss, training=accuracy)
                 if curves is not None:
                     curves.add_scalar("training/loss", loss, step)
@@ -144,7 +158,7 @@ def train_member(
             save_checkpoint(checkpoint, state_now())
             saved_at = time.monotonic()
     if fabric.is_global_zero:
-        _write_weights(done, best)
+        _write_weights(done, best, fingerprint)
     if curves is not None:
         curves.close()
     progress.finish()
@@ -190,7 +204,7 @@ def held_out_accuracy(average: nn.Module, kind: MemberKind, recipe: Recipe, imag
             return float(clean), 0.0
         with torch.enable_grad():
             x = pgd(logits, pixels, y, recipe.epsilon, HELD_OUT_STEPS, recipe.epsilon / 2, generator)
-        robust = (logits(x.round()).argmax(1) == y).float().mean()
+        robust = (logits(to_uint8(x, pixels).float()).argmax(1) == y).float().mean()
     return float(clean), float(robust)
 
 
@@ -216,9 +230,31 @@ def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _write_weights(path: Path, best: Standing) -> None:
-    aside = path.with_name(path.name + ".partial")
+def _write_weights(path: Path, best: Standing, fingerprint: str) -> None:
     weights = {name: value.cpu().contiguous() for name, value in best.weights.items()}
-    record = json.dumps({"epoch": best.epoch, "held_out_clean": round(best.clean, 4), "held_out_robust": round(best.robust, 4)})
-    save_file(weights, aside, metadata={"phalanx": record})  # one entry: safetensors writes several in no fixed order
-    aside.replace(path)
+    record = {
+        "epoch": best.epoch,
+        "held_out_clean": round(best.clean, 4),
+        "held_out_robust": round(best.robust, 4),
+        "fingerprint": fingerprint,
+    }
+    # one entry: safetensors writes several in no fixed order
+    write_durably(path, save(weights, metadata={RECORD: json.dumps(record)}))
+
+
+def read_weights(recipe: Recipe, kind: MemberKind, splits: Splits, folder: Path) -> bytes:
+    """The weights that `train_member` wrote to `folder`; refused where they are of another recipe, or of other data."""
+    path = folder / f"{kind}.safetensors"
+    if not path.is_file():
+        raise InvalidRecipe(f"no weights at {path}: train this member first (`phalanx-train train`)")
+    content = path.read_bytes()
+    try:
+        with safe_open(path, "np") as file:
+            record = json.loads((file.metadata() or {}).get(RECORD, "{}"))
+    except SafetensorError as error:
+        raise StaleCheckpoint(f"{path} is damaged ({error}); delete it and train this member again") from error
+    if record.get("fingerprint") != f"{recipe.fingerprint(kind)}:{splits.fingerprint}":
+        raise StaleCheckpoint(
+            f"{path} was trained by another recipe or on other data; train this member again, or name other --runs"
+        )
+    return content

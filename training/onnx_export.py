@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models.networks.bayesian import BayesianNetwork
+from training.refused import TrainingRefused
 
 PARITY = 1e-4
 """Largest difference of any logit, torch against ONNX Runtime, relative to the larger of 1 and the logit."""
@@ -21,7 +22,7 @@ PARITY = 1e-4
 PARITY_BATCHES = (1, 2, 7)
 
 
-class ParityError(RuntimeError):
+class ParityError(TrainingRefused):
     """An exported graph that does not answer as its network does."""
 
 
@@ -35,13 +36,13 @@ def export_onnx(network: nn.Module, example: NDArray[np.uint8]) -> bytes:
     if isinstance(network, BayesianNetwork):
         arguments["masks"] = torch.ones(network.config.samples, network.mask_width)
         shapes["masks"] = {0: torch.export.Dim("T", min=1, max=65536)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it would miss torchvision, for whose operators there is no need
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
         program = torch.onnx.export(
             network.eval(), tuple(arguments.values()), input_names=list(arguments), output_names=["logits"],
             dynamic_shapes=tuple(shapes.values()), dynamo=True, opset_version=20, verbose=False,
         )  # fmt: skip
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     assert program is not None
     model = program.model_proto
     _forget_the_exporter(model)
@@ -70,7 +71,7 @@ def check_parity(network: nn.Module, model: bytes, images: NDArray[np.uint8], ma
     for n in PARITY_BATCHES:
         batch = images[:n]
         if len(batch) < n:
-            raise ValueError(f"parity needs {n} images, got {len(batch)}")
+            raise ParityError(f"parity needs {n} images, got {len(batch)}")
         feeds: dict[str, NDArray[np.generic]] = {"image": batch}
         with torch.inference_mode():
             if masks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from models.networks import NETWORKS
 from training.augment import Symmetry
+from training.refused import TrainingRefused
 
 
 class Frozen(BaseModel):
@@ -25,7 +28,7 @@ class DataRecipe(Frozen):
     source: str = Field(description="a hub id, a folder that `datasets.load_dataset` reads, or a folder of class folders")
     revision: str | None = Field(None, description="revision of the hub data set")
     train: str = Field("train", description="split to train on")
-    test: str = Field("test", description="split that is only ever scored")
+    test: str | int = Field("test", description="split that is only ever scored, or how many training images to hold out")
     calibration: str | int = Field(
         "validation", description="split of the detector tables, or how many training images to hold out"
     )
@@ -62,7 +65,7 @@ class MemberRecipe(Frozen):
     network: dict[str, Any] = Field(default_factory=dict, description="settings of the network of this kind")
     attack: AttackRecipe | None = Field(None, description="inner attack; absent: trained on clean images")
     schedule: Schedule = Schedule()
-    settings: dict[str, float] = Field(default_factory=dict, description="weights of the defense's own loss terms")
+    settings: dict[str, float] = Field(default_factory=dict, description="of the defense's own loss, see SETTINGS")
 
 
 class CalibrationRecipe(Frozen):
@@ -77,6 +80,14 @@ class CalibrationRecipe(Frozen):
 
 MemberKind = Literal["metric", "edge", "adversarial", "bayesian"]
 
+SETTINGS: Mapping[MemberKind, tuple[str, ...]] = {
+    "metric": ("compactness",),
+    "edge": ("clean_share",),
+    "adversarial": (),
+    "bayesian": (),
+}
+"""Keys of `settings:` that each defense's training loss reads."""
+
 
 class Recipe(Frozen):
     """A bundle's recipe. `epsilon` is the radius of the l-infinity ball in pixel units (4 means 4/255)."""
@@ -85,7 +96,7 @@ class Recipe(Frozen):
     data: DataRecipe
     epsilon: float = Field(gt=0, le=255)
     seed: int = 0
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     members: dict[MemberKind, MemberRecipe] = Field(min_length=1)
     calibration: CalibrationRecipe = CalibrationRecipe()
     licenses: dict[str, str] = Field(default_factory=dict, description="what is covered -> SPDX name, for the bundle's manifest")
@@ -102,6 +113,22 @@ class Recipe(Frozen):
                 raise ValueError(f"member {name} is hardened by adversarial training: give it an `attack:` section")
         return self
 
+    @model_validator(mode="after")
+    def _known_settings(self) -> Recipe:
+        """Found out here, and not when the members before it are trained."""
+        for name, member in self.members.items():
+            for key in member.settings:
+                if key not in SETTINGS[name]:
+                    raise ValueError(f"member {name}: unknown setting {key!r}; it has {', '.join(SETTINGS[name]) or 'none'}")
+            from_data = {"classes": 2, "channels": 1, "mean": (0.0,), "std": (1.0,)}
+            try:
+                NETWORKS[name].config.model_validate(from_data | member.network)
+            except ValidationError as error:
+                detail = error.errors(include_url=False)[0]
+                where = ".".join(map(str, detail["loc"]))
+                raise ValueError(f"member {name}: network.{where}: {detail['msg'].removeprefix('Value error, ')}") from None
+        return self
+
     def fingerprint(self, member: str) -> str:
         """SHA-256 over all that decides this member's weights; a checkpoint of another fingerprint is not resumed."""
         parts = (self.data, self.epsilon, self.seed, self.precision, member, self.members[member])  # type: ignore[index]
@@ -110,7 +137,7 @@ class Recipe(Frozen):
         ).hexdigest()
 
 
-class InvalidRecipe(ValueError):
+class InvalidRecipe(TrainingRefused):
     """A recipe that cannot be read, found or understood."""
 
 

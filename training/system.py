@@ -48,7 +48,7 @@ class Members:
     """The members' outputs, in torch, as the fused graph has them."""
 
     def __init__(self, networks: Networks, masks_seed: int) -> None:
-        self.networks = networks
+        self.networks, self.masks_seed = networks, masks_seed
         self.device = next(next(iter(networks.values())).parameters()).device
         self.masks = {name: fixed_masks(network, masks_seed) for name, network in networks.items()}
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
 
+from training.checkpoint import only_trainer
 from training.data import load_splits
 from training.loop import train_member
 from training.progress import Progress
 from training.recipe import load_recipe
+from training.refused import TrainingRefused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,28 +42,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; weights end up in `<runs>/<recipe>/<member>.safetensors`. Run again after a kill: it goes on."""
     recipe = load_recipe(args.recipe)
-    kinds = list(recipe.members) if not args.members else args.members
+    if args.jobs < 1:
+        raise TrainingRefused(f"--jobs: expected 1 or more, got {args.jobs}")
+    kinds = list(recipe.members) if not args.members else list(dict.fromkeys(args.members))
     unknown = [kind for kind in kinds if kind not in recipe.members]
     if unknown:
-        raise SystemExit(f"recipe {recipe.name} has no member {', '.join(unknown)}; it has {', '.join(recipe.members)}")
+        raise TrainingRefused(f"recipe {recipe.name} has no member {', '.join(unknown)}; it has {', '.join(recipe.members)}")
     threads = args.threads or max(1, (torch.get_num_threads()) // args.jobs)
     if args.jobs > 1 and len(kinds) > 1:
         return _side_by_side(args, kinds, threads)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=recipe.precision)
-    fabric.launch()
+    try:
+        fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=recipe.precision)
+        fabric.launch()
+    except (RuntimeError, TypeError, ValueError) as error:  # Lightning's, over devices that are not there
+        raise TrainingRefused(f"--accelerator {args.accelerator} --devices {args.devices}: {error}") from error
     splits = load_splits(recipe.data, args.data)
+    folder = args.runs / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         progress = Progress(sys.stderr if fabric.is_global_zero else io.StringIO(), args.line)
-        written = train_member(recipe, kind, splits, args.runs / recipe.name, fabric, progress)
+        with only_trainer(folder / f"{kind}.lock") if fabric.is_global_zero else nullcontext():
+            written = train_member(recipe, kind, splits, folder, fabric, progress)
         if fabric.is_global_zero:
             print(f"{kind}: {written}")
+    fabric.barrier()
     return 0
 
 
 def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> int:
     """Each member in a process of its own, `--jobs` at a time, the longest-waiting first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the children are ended, too
     waiting, running, failed = list(enumerate(kinds)), dict[str, subprocess.Popen[bytes]](), list[str]()
     command = [sys.executable, "-m", "training.cli", "train", args.recipe, "--runs", str(args.runs), "--threads", str(threads)]
     command += ["--accelerator", args.accelerator, "--devices", args.devices] + (["--data", args.data] if args.data else [])
@@ -66,7 +81,7 @@ def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> i
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 line, kind = waiting.pop(0)
-                running[kind] = subprocess.Popen([*command, "--members", kind, "--line", str(line)])
+                running[kind] = subprocess.Popen([*command, "--members", kind, "--line", str(line)], preexec_fn=_end_with_parent)
             for kind, process in list(running.items()):
                 try:
                     code = process.wait(timeout=0.5)
@@ -81,3 +96,9 @@ def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> i
     if failed:
         print(f"not trained: {', '.join(failed)}; what they have reached is kept, run the same command to go on", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _end_with_parent() -> None:
+    """Called in a child before it begins: where its parent is killed, Linux sends it SIGTERM (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.manifest import InputSpec
+from service.images import PixelBudget, decode_image
 from training.data import InvalidData, load_splits, stratified_split
 from training.recipe import DataRecipe
 
@@ -57,6 +60,53 @@ def test_class_folders_are_read_as_classes(tmp_path: Path) -> None:
     assert [len(part) for part in (splits.fit, splits.held_out, splits.calibration, splits.test)] == [12, 4, 4, 4]
 
 
+def test_class_folders_without_splits_give_up_what_a_recipe_holds_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("forest", "lake"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    splits = load_splits(DataRecipe(source=str(tmp_path), test=4, calibration=4, held_out=0.25))
+    assert [len(part) for part in (splits.fit, splits.held_out, splits.calibration, splits.test)] == [9, 3, 4, 4]
+    assert splits.source == f"folder {tmp_path.name!r}"
+    with pytest.raises(InvalidData, match="may also say how many training images to hold out"):
+        load_splits(DataRecipe(source=str(tmp_path)))
+
+
+def test_images_are_decoded_as_serving_decodes_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    spec = InputSpec(height=8, width=8, channels=3)
+    for name in ("forest", "lake"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA")
+            image.save(tmp_path / name / f"{i}.png")
+    splits = load_splits(DataRecipe(source=str(tmp_path), test=2, calibration=2, held_out=0.25))
+    ours = {pixels.tobytes() for part in (splits.fit, splits.held_out, splits.calibration, splits.test) for pixels in part.pixels}
+    served = {decode_image(path.read_bytes(), spec, PixelBudget()).array.tobytes() for path in tmp_path.rglob("*.png")}
+    assert ours == served
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:60]), "image 3 of train: .*truncated", id="a file cut short"),
+        pytest.param(
+            lambda path: Image.fromarray(np.zeros((8, 8), np.uint16)).save(path), "expected 8 bits per channel", id="16 bits"
+        ),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_named(tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("forest", "lake"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    spoil(tmp_path / "forest" / "3.png")
+    with pytest.raises(InvalidData, match=says):
+        load_splits(DataRecipe(source=str(tmp_path), test=2, calibration=2))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -75,7 +125,7 @@ def test_images_of_different_size_are_refused(tmp_path: Path) -> None:
         folder = tmp_path / "train" / ("a" if i % 2 else "b")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(folder / f"{i}.png")
-    with pytest.raises(InvalidData, match=r"resize them alike first"):
+    with pytest.raises(InvalidData, match=r"expected images alike, got height, width and channels \(9, 9, 3\) for image"):
         load_splits(DataRecipe(source=str(tmp_path), test="train", calibration=2))
 
 

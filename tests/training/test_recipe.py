@@ -32,6 +32,16 @@ def test_an_unknown_recipe_is_answered_with_those_that_ship() -> None:
         pytest.param({"epsilon": -1}, "greater than 0", id="a negative radius"),
         pytest.param({"members": {"edge": {}}}, "give it an `attack:` section", id="a voter that is not hardened"),
         pytest.param({"members": {"magic": {}}}, "magic", id="a member no file defines"),
+        pytest.param(
+            {"members": {"edge": {"attack": {}, "settings": {"clean_sharee": 0.5}}}},
+            "'clean_sharee'; it has clean_share",
+            id="a misspelt setting of a defense",
+        ),
+        pytest.param(
+            {"members": {"metric": {"attack": {}, "network": {"radus": 3}}}},
+            "member metric: network.radus: Extra inputs",
+            id="a misspelt setting of a network",
+        ),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
-from training.checkpoint import StaleCheckpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import AlreadyTraining, StaleCheckpoint, load_checkpoint, only_trainer, save_checkpoint
+from training.data import load_splits
+from training.loop import read_weights, train_member
+from training.progress import Progress
+from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +74,35 @@ def test_killed_twice_and_run_again_it_ends_with_the_same_weights_and_averages(k
     assert train(kind, tmp_path / "killed") == 0
 
     assert digests(tmp_path / "killed", kind) == digests(tmp_path / "whole", kind)
+
+
+def test_weights_of_another_recipe_are_not_exported(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke")
+    splits = load_splits(recipe.data)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=recipe.precision)
+    train_member(recipe, "metric", splits, tmp_path, fabric, Progress(io.StringIO()))
+    assert read_weights(recipe, "metric", splits, tmp_path) == (tmp_path / "metric.safetensors").read_bytes()
+    for other in (recipe.model_copy(update={"epsilon": 12.0}), recipe.model_copy(update={"seed": 7})):
+        with pytest.raises(StaleCheckpoint, match="trained by another recipe or on other data"):
+            read_weights(other, "metric", splits, tmp_path)
+    (tmp_path / "metric.safetensors").write_bytes(b"")
+    with pytest.raises(StaleCheckpoint, match="is damaged"):
+        read_weights(recipe, "metric", splits, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", {"fingerprint": "one", "step": 1})
+    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:200])
+    with pytest.raises(StaleCheckpoint, match=r"a\.ckpt is damaged"):
+        load_checkpoint(tmp_path / "a.ckpt", "one", torch.device("cpu"))
+
+
+def test_a_second_trainer_of_the_same_member_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "edge.lock"
+    with only_trainer(lock), pytest.raises(AlreadyTraining, match="trains this member already"), only_trainer(lock):
+        pass
+    with only_trainer(tmp_path / "edge.lock"):
+        pass
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
