@@ -1,4 +1,4 @@
-"""What a member's ONNX file must be: self-contained, linked to its weights, with every member's inputs and output.
+"""What a member's ONNX file must be: self-contained, no control flow, linked to its weights, with every member's inputs and output.
 
 Read through the few fields of onnx.proto that matter here: importing `onnx` would cost every starting server some
 0.15 s and 12 MB.
@@ -37,7 +37,7 @@ SCHEMA = {
         "output": "12 ValueInfo*",
         "sparse_initializer": "15 Sparse*",
     },
-    "Node": {"attribute": "5 Attribute*"},
+    "Node": {"op_type": "4 string", "attribute": "5 Attribute*"},
     "Attribute": {
         "t": "5 Tensor",
         "g": "6 Graph",
@@ -77,6 +77,9 @@ def check_member_graph(data: bytes, member: MemberManifest, image: InputSpec, cl
         # such data would be read from wherever its path leads, past every hash
         if tensor.data_location or tensor.external_data:
             raise InvalidBundle(f"{file}: expected all data in the file, got external data for tensor {tensor.name!r}")
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise InvalidBundle(f"{file}: expected a graph without control flow, got {node.op_type}")
     linked = {entry.key: entry.value for entry in model.metadata_props}.get(WEIGHTS_KEY)
     if linked != member.weights.sha256:
         raise InvalidBundle(f"{file}: expected metadata {WEIGHTS_KEY} {member.weights.sha256}, got {linked}")

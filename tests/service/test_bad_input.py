@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -95,6 +95,33 @@ def test_a_malformed_request_fails_whole(running: Running, bad: pb.ClassifyReque
 def test_an_unknown_ensemble_is_not_described(running: Running) -> None:
     with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
         running.native.GetEnsemble(pb.GetEnsembleRequest(ensemble="nobody"))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/phalanx.v1.DefenseEnsemble/Classify",
+        "/phalanx.v1.DefenseEnsemble/GetEnsemble",
+        "/inference.GRPCInferenceService/ModelInfer",
+    ],
+)
+def test_bytes_that_are_no_message_are_refused_and_counted(running: Running, method: str, caplog: pytest.LogCaptureFixture) -> None:
+    name = method.split("/")[-1]
+    series = f'phalanx_errors_total{{code="INVALID_ARGUMENT",ensemble="full",method="{name}"}}'
+    before = running.scrape().get(series, 0)
+    call: Any = running.channel.unary_unary(method)
+    with pytest.raises(grpc.RpcError, match=r"got 4 bytes that cannot be parsed"):
+        call(b"\xff\xff\xff\xff")
+    assert running.scrape()[series] == before + 1
+    assert not caplog.records
+
+
+def test_a_stream_survives_bytes_that_are_no_message(running: Running) -> None:
+    good = pb.ClassifyStreamRequest(id="good", image=raw(random_pixels(1)[0])).SerializeToString()
+    call: Any = running.channel.stream_stream("/phalanx.v1.DefenseEnsemble/ClassifyStream")
+    bad, answer = map(pb.ClassifyStreamResponse.FromString, call(iter([b"\xff\xff", good])))
+    assert bad.result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert (answer.id, answer.result.HasField("classification")) == ("good", True)
 
 
 def test_an_oversized_message_is_refused_by_grpc(running: Running) -> None:

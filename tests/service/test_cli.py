@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from service.cli import COMMANDS, main
-from tests.service.serving import Running, random_pixels
+from service.graph_cache import GraphCache
+from tests.service.serving import Running, random_pixels, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,30 @@ def test_a_bad_file_is_a_row_of_its_own(running: Running, tiles: list[str], caps
     assert "ERROR" in printed
     assert "expected a PNG, JPEG" in printed
     assert printed.count("CLEAN") + printed.count("SUSPECT") + printed.count("REJECTED") == 2
+
+
+def test_files_that_cannot_be_read_or_sent_are_rows_of_their_own(
+    running: Running, tiles: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large.png").write_bytes(bytes(17 * 2**20))
+    files = [str(tmp_path / "nowhere.png"), tiles[0], str(tmp_path), str(tmp_path / "large.png"), tiles[1]]
+    assert main(["classify", "--server", str(running.server.address), "--json", *files]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    assert [line["disclosure"] for line in lines[:2]] == ["EVIDENCE", "EVIDENCE"]
+    errors = [line["result"].get("error", {}).get("message", "") for line in lines]
+    for error, expected in zip(errors, ["No such file", "", "Is a directory", "expected at most", ""], strict=True):
+        assert error.startswith(expected) if expected else not error
+
+
+def test_files_of_many_pixels_are_spread_over_requests(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(5):
+        Image.new("RGB", (100, 100)).save(tmp_path / f"{index}.png")
+    files = [str(path) for path in sorted(tmp_path.glob("*.png"))]
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits={"max_request_pixels": 25_000}) as running:
+        assert main(["classify", "--server", str(running.server.address), "--json", *files]) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load, save
 
@@ -21,6 +24,7 @@ from service.batcher import Draining
 from service.config import ServiceConfig
 from service.ensembles import load_ensembles
 from service.graph_cache import KEPT, GraphCache, graph_key, user_cache
+from service.inspect import inspect_bundle
 from service.metrics import Metrics
 from tests.bundles import random_images, replace_file, write_tiny_bundle
 
@@ -100,6 +104,45 @@ def test_draining_ends_every_queue_and_every_thread(path: Path, cache: GraphCach
     for each in ensembles.values():
         with pytest.raises(Draining, match="shutting down"):
             each.batcher.submit(images)
+
+
+def _of_another_operator(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].op_type = "Nope"
+
+
+def _of_swapped_inputs(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def _with_control_flow(model: onnx.ModelProto) -> None:
+    branch = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["logits_"], ["out"])], "branch", [], [
+        onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
+    ])  # fmt: skip
+    model.graph.node[-1].output[0] = "logits_"
+    yes = onnx.helper.make_tensor("yes", onnx.TensorProto.BOOL, [], [True])
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["always"], value=yes))
+    model.graph.node.append(onnx.helper.make_node("If", ["always"], ["logits"], then_branch=branch, else_branch=branch))
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (_of_another_operator, r"adversarial\.onnx: expected a graph that ONNX Runtime can run"),
+        (_of_swapped_inputs, "adversarial"),
+        (_with_control_flow, r"adversarial\.onnx: expected a graph without control flow, got If"),
+    ],
+)
+def test_a_graph_that_cannot_be_fused_or_run_is_refused_by_name(
+    path: Path, tmp_path: Path, edit: Callable[[onnx.ModelProto], None], sentence: str
+) -> None:
+    copy = Path(shutil.copytree(path, tmp_path / "bundle"))
+    model = onnx.load(copy / "adversarial.onnx")
+    edit(model)
+    replace_file(copy, "adversarial.onnx", model.SerializeToString())
+    with pytest.raises(InvalidBundle, match=sentence):
+        load_ensembles(config(copy, {"full": {}}), Metrics(), GraphCache(None))
+    assert inspect_bundle(copy).problem is not None
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,17 @@ def test_damaged_files_give_pixels_or_a_sentence(data: bytes, damages: list[tupl
         assert outcome.array.shape == (8, 8, 3)
 
 
+def test_a_second_png_header_is_refused() -> None:
+    """Pillow would decode by the second, and so take 16 bits for 8."""
+    buffer = BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    honest = buffer.getvalue()
+    second = b"IHDR" + honest[16:24] + b"\x10" + honest[25:29]  # 16 bits
+    lying = honest[:33] + struct.pack(">I", 13) + second + struct.pack(">I", zlib.crc32(second)) + honest[33:]
+    with pytest.raises(InvalidImage, match="expected one PNG header, got two"):
+        decode_image(lying, RGB, PixelBudget())
+
+
 # --- raw pixels
 
 

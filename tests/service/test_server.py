@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from service.cli import main
 from service.graph_cache import GraphCache
 from service.pb.inference.open_inference_pb2 import ServerReadyRequest
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
 from service.server import CannotListen, Server
 from tests.service.serving import ENSEMBLES, SIZE, Running, configured, connected, random_pixels, raw, request, serving
 
@@ -36,6 +38,14 @@ MEMBERS = ["metric", "edge", "adversarial", "bayesian"]
 
 def classify_one(running: Running, pixels: np.ndarray, ensemble: str = "") -> pb.Classification:
     return running.native.Classify(request(pixels[None], ensemble)).results[0].classification
+
+
+@pytest.fixture
+def hold() -> Iterator[threading.Event]:
+    """Set at the end of a test, whatever becomes of it: a thread of gRPC's that waits for it would wait for ever."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 # --- answers
@@ -231,6 +241,14 @@ def test_a_busy_port_is_refused(tiny_bundle: Path, graphs: GraphCache) -> None:
             Server(configured(tiny_bundle, metrics=f"127.0.0.1:{port}"), graphs)
 
 
+def test_a_name_is_one_address_so_that_a_busy_one_is_noticed(tiny_bundle: Path, graphs: GraphCache, running: Running) -> None:
+    port = running.server.address.port
+    with pytest.raises(CannotListen, match=f"cannot have localhost:{port}"):
+        Server(configured(tiny_bundle, listen=f"localhost:{port}"), graphs)
+    with pytest.raises(CannotListen, match=r"cannot have no\.such\.host\.invalid:1"):
+        Server(configured(tiny_bundle, listen="no.such.host.invalid:1", insecure=True), graphs)
+
+
 def test_two_servers_do_not_share_a_port(tiny_bundle: Path, graphs: GraphCache, running: Running) -> None:
     with pytest.raises(CannotListen, match="cannot have"):
         Server(configured(tiny_bundle, listen=str(running.server.address)), graphs)
@@ -254,6 +272,97 @@ def test_draining_says_not_serving_first_and_answers_what_was_accepted(tiny_bund
         assert not draining.is_alive()
         with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
             running.native.Classify(request(random_pixels(1)))
+
+
+def test_a_silent_stream_does_not_hold_up_the_end(
+    tiny_bundle: Path, graphs: GraphCache, hold: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}), graphs)
+    running = connected(server)
+
+    def requests() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest(id="a", image=raw(random_pixels(1)[0]))
+        hold.wait()
+
+    with running.channel:
+        answers = running.native.ClassifyStream(requests())
+        assert next(answers).id == "a"
+        began = time.monotonic()
+        server.drain()
+        assert time.monotonic() - began < 5  # of the 10 that it would have
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            next(answers)
+    assert "not finished" not in caplog.text
+
+
+def test_a_call_that_comes_while_the_server_ends_is_sent_elsewhere(tiny_bundle: Path, graphs: GraphCache) -> None:
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}), graphs)
+    codes: set[grpc.StatusCode] = set()
+
+    def call() -> None:
+        with connected(server).channel as channel:
+            stub = defense_ensemble_pb2_grpc.DefenseEnsembleStub(channel)
+            try:
+                while True:
+                    stub.Classify(request(random_pixels(1)))
+            except grpc.RpcError as error:
+                codes.add(error.code())
+
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(6):
+            pool.submit(call)
+        server.drain()
+    assert codes == {grpc.StatusCode.UNAVAILABLE}
+
+
+def test_a_stream_that_asks_nothing_gives_its_place_back(tiny_bundle: Path, graphs: GraphCache, hold: threading.Event) -> None:
+    limits = {"stream_idle_seconds": 0.2, "max_concurrent_calls": 2}
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        hold.wait()
+        yield from ()
+
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits=limits) as running:
+        first = running.native.ClassifyStream(silent())
+        with pytest.raises(grpc.RpcError, match="ABORTED.*no request came for 0.2 s".replace(".*", r"[\s\S]*")):
+            next(first)
+        assert running.native.Classify(request(random_pixels(1))).results
+
+
+def test_streams_leave_places_for_calls(tiny_bundle: Path, graphs: GraphCache, hold: threading.Event) -> None:
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest(image=raw(random_pixels(1)[0]))
+        hold.wait()
+
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits={"max_concurrent_calls": 4}) as running:
+        streams = [running.native.ClassifyStream(silent()) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(grpc.RpcError, match="2 streams are being answered already"):
+            next(running.native.ClassifyStream(silent()))
+        assert running.scrape()['phalanx_errors_total{code="RESOURCE_EXHAUSTED",ensemble="full",method="ClassifyStream"}'] == 1
+        assert running.native.Classify(request(random_pixels(1))).results
+
+
+def test_reflection_streams_are_few_so_that_health_is_answered(
+    tiny_bundle: Path, graphs: GraphCache, hold: threading.Event
+) -> None:
+
+    def silent() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        hold.wait()
+
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}) as running:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+        streams = [stub.ServerReflectionInfo(silent()) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+            next(stub.ServerReflectionInfo(silent()))
+        assert running.health.Check(health_pb2.HealthCheckRequest()).status == SERVING
+        for stream in streams:
+            stream.cancel()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
