@@ -65,11 +65,6 @@ def compose(bundle: Bundle, choice: EnsembleChoice) -> Ensemble:
     return ensemble
 
 
-def members_needed(ensemble: Ensemble) -> tuple[str, ...]:
-    """The members in the graph; one that neither votes nor is listened to is absent."""
-    return ensemble.members
-
-
 def calibrate(ensemble: Ensemble, outputs: CalibrationOutputs) -> Ensemble:
     """The ensemble with its detectors' scores, and their statistic, on the calibration images."""
     if not ensemble.detectors:

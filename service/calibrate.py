@@ -99,7 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the new bundle and say what it was made of; 1 if it cannot be made, and then nothing is written."""
     said = Console(stderr=True)
+    images: ImageFolder | None = None
     try:
+        for option, value in (("--limit", args.limit), ("--threads", args.threads)):
+            if value < 1:
+                raise CalibrationRefused(f"{option}: expected 1 or more, got {value}")
         if args.output.exists() and not args.replace:
             raise CalibrationRefused(f"{args.output} exists; name another output, or say --replace")
         bundle = read_bundle(args.bundle)
@@ -109,10 +113,12 @@ def run(args: argparse.Namespace) -> int:
             parts = calibrate(bundle, images, f"folder {args.folder.resolve().name!r}", args.reject_rate, args.threads, progress)
         new = _written(args.output, parts)
     except (CalibrationRefused, InvalidBundle, OSError) as error:
-        said.print(Text(f"phalanx calibrate: {error}", style="red"))
+        for line in _remarks(images) if images is not None else ():
+            said.print(Text(line, style="yellow"), soft_wrap=True)
+        said.print(Text(f"phalanx calibrate: {error}", style="red"), soft_wrap=True)
         return 1
     for line in _remarks(images):
-        said.print(Text(line, style="yellow"))
+        said.print(Text(line, style="yellow"), soft_wrap=True)
     old = bundle.manifest
     Console().print(
         Text(f"{args.output}: {old.name} version {new.manifest.version} (was {old.version}), "),
@@ -128,7 +134,7 @@ def image_folder(bundle: Bundle, folder: Path, limit: int = LIMIT) -> ImageFolde
         raise CalibrationRefused(f"{folder}: expected a folder of images, got {'a file' if folder.exists() else 'nothing'}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     random.Random(bundle.manifest.masks.seed).shuffle(files)
-    return ImageFolder(files[: max(limit, 0)], bundle.manifest.classes, bundle.manifest.input)
+    return ImageFolder(files[:limit], bundle.manifest.classes, bundle.manifest.input)
 
 
 def calibrate(
@@ -173,7 +179,7 @@ def _remarks(images: ImageFolder) -> Iterator[str]:
         yield f"left out, as it cannot be decoded: {len(images.unreadable):,}, for example\n  {shown}"
     if images.repeated:
         yield f"left out, as it repeats another image: {images.repeated:,}"
-    if images.resized:
+    if images.resized and n:
         yield f"resized to {images.image.height} × {images.image.width}: {images.resized:,} of {n:,}"
-    if n < RECOMMENDED:
+    if 0 < n < RECOMMENDED:
         yield f"{n:,} images give p-values in steps of {1 / (n + 1):.2g}; {RECOMMENDED:,} or more are recommended"

@@ -6,7 +6,7 @@ serves the bundle that ships with Phalanx on the loopback address.
     PHALANX_BATCHING__MAX_DELAY_MS=5               a nested key: two underscores between the levels
     PHALANX_ENSEMBLES__NO_EDGE__WITHOUT='[edge]'   a list or a mapping is written as YAML; NO_EDGE finds `no-edge`
 
-This is the only module that reads the environment.
+This is the only module that reads what the environment says of the configuration.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -215,6 +216,16 @@ def test_nothing_but_grpcio_and_protobuf_is_needed() -> None:
     environment = {"PYTHONPATH": str(CLIENT / "src")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "classify\n", done.stderr
+
+
+def test_the_distribution_holds_the_package_its_types_and_its_licence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=CLIENT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"phalanx_client/__init__.py", "phalanx_client/py.typed"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_stubs_are_those_of_the_contract(tmp_path: Path) -> None:

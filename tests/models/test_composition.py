@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.bundle import Bundle, MemberOutputs, read_bundle
-from models.composition import EnsembleChoice, InvalidEnsemble, compose, members_needed
+from models.composition import EnsembleChoice, InvalidEnsemble, compose
 from models.ensemble import Detector, DetectorName, Ensemble, RuleName, Verdict, decide
 from models.masks import draw_masks
 from models.member_session import member_runs
@@ -101,7 +101,7 @@ def test_a_choice_decides_who_votes_and_what_detects(
 
 def test_a_member_that_neither_votes_nor_is_listened_to_is_absent(bundle: Bundle) -> None:
     chosen = ask(bundle, roles={"bayesian": ("detector",), "metric": ("detector",)}, detectors=("distance",))
-    assert members_needed(chosen) == ("edge", "adversarial", "metric")
+    assert chosen.members == ("edge", "adversarial", "metric")
 
 
 def test_centers_give_a_distance_even_where_the_manifest_names_no_detector(bundle: Bundle) -> None:
