@@ -8,6 +8,7 @@ TRITON_VENV ?= $(VENV)-triton
 CONFIG ?=
 RECIPE ?= eurosat
 DATA ?=
+JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -26,8 +27,8 @@ serve: $(VENV)/.stamp-serve ## serve the shipped bundle (CONFIG=FILE for another
 demo: $(VENV)/.stamp-serve ## serve, classify clean and adversarial tiles, show both side by side, stop
 	@$(BIN)/python -m service.demo $(ARGS)
 
-train: $(VENV)/.stamp-train ## from data to a bundle (RECIPE=eurosat DATA=FOLDER_OR_HUB_ID; ARGS=... for phalanx-train build)
-	@exec $(BIN)/phalanx-train build $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
+train: $(VENV)/.stamp-train ## from data to runs/RECIPE/bundle (RECIPE=eurosat DATA=FOLDER_OR_HUB_ID JOBS=2; ARGS=... for phalanx-train build)
+	@exec $(BIN)/phalanx-train build $(RECIPE) --jobs $(JOBS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: lint $(TRITON_VENV)/.stamp ## the one gate: lint, types, tests (ARGS=... for pytest)
 	TRITON_PYTHON=$(abspath $(TRITON_VENV))/bin/python $(BIN)/python -m pytest $(ARGS)
