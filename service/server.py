@@ -1,6 +1,6 @@
 """From a configuration to a server that answers, and from SIGTERM to one that has answered everybody.
 
-The thread-pool server of grpcio, not its asyncio one: less CPU per call (see docs/decisions).  A thread answers one
+The thread-pool server of grpcio, not its asyncio one (docs/decisions/threads-not-asyncio.md).  A thread answers one
 call from its first to its last byte, and waits for the batcher in between.
 """
 
