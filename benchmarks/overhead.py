@@ -108,11 +108,11 @@ def report(rounds: list[dict[str, float]], message_bytes: int) -> None:
         print(f"  {what:38} {spread([each[name] for each in rounds])}")
     print(f"  {'beyond the graph':38} {spread([each['server'] - each['graph'] for each in rounds])}")
     ratios = [(each["server"] - each["graph"]) / each["echo"] for each in rounds]
-    print(f"  (server - graph) / echo: {statistics.mean(ratios):.2f} +- {statistics.pstdev(ratios):.2f} (at most 2)")
+    print(f"  (server - graph) / echo: {statistics.mean(ratios):.2f} +- {statistics.stdev(ratios):.2f} (at most 2)")
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):7.0f} +- {statistics.pstdev(values):.0f}"
+    return f"{statistics.mean(values):7.0f} +- {statistics.stdev(values):.0f}"
 
 
 if __name__ == "__main__":

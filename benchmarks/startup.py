@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup
 
-For one ensemble (what the README's configuration has) and for four: a first start fills a cache of fused graphs in an
+For one ensemble (the default) and for four (the README's configuration): a first start fills a cache of fused graphs in an
 empty folder; the starts after it are timed, from before the process exists. The last one answers 1,000 calls of one
 image and ten of 64, and then its resident memory is read.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     ):
         with tempfile.TemporaryDirectory() as folder:
             first, later, idle, used = measure(config | {"ensembles": ensembles}, Path(folder), given.starts)
-        spread = f"{statistics.mean(later):.2f} +- {statistics.pstdev(later):.2f} s"
+        spread = f"{statistics.mean(later):.2f} +- {statistics.stdev(later):.2f} s"
         print(f"{title}, {SINGLE_CALLS} single calls to the first, {BATCHES} batches of {BATCH} to each")
         print(f"  first start {first:.2f} s, later ones {spread} (at most {seconds})")
         print(f"  resident when SERVING {idle:.0f} MB, after the calls {used:.0f} MB (at most {megabytes})")

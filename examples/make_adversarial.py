@@ -1,6 +1,6 @@
 """Make adversarial versions of the example tiles, each against ONE member of a bundle alone.
 
-    python examples/make_adversarial.py [BUNDLE] [--member bayesian]
+    .venv/bin/python examples/make_adversarial.py [BUNDLE] [--member bayesian]
 
 Needs the extra `train`. Every PNG of examples/tiles, named for its class, is attacked by margin-PGD within the bundle's
 epsilon, rounded toward the clean pixels and written as PNG, losslessly, into examples/adversarial; so is a README.md
@@ -191,7 +191,7 @@ def describe(bundle: Bundle, args: argparse.Namespace, settings: Settings, made:
 def command(args: argparse.Namespace) -> str:
     """The command that makes the same again, from the repository's root; only what is not the default."""
     defaults = vars(parse([]))
-    words = ["python", "examples/make_adversarial.py"]
+    words = [".venv/bin/python", "examples/make_adversarial.py"]
     for name, value in vars(args).items():
         if value == defaults[name] or name in ("threads", "output"):
             continue

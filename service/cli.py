@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.config import ServiceConfig
 
 DESCRIPTION = """\
 What is this image, and is somebody trying to fool us?
@@ -78,7 +82,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="FOLDER", help="the bundle to serve")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where gRPC listens; port 0 takes a free one")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus scrapes, or `off`")
-    parser.add_argument("--check", action="store_true", help="check the configuration and stop")
+    parser.add_argument("--check", action="store_true", help="check the configuration against the bundle, and stop")
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
 
 
@@ -91,8 +95,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     except InvalidConfig as error:
         return _refused("serve", error)
     if args.check:
-        print(f"the configuration is valid: {', '.join(config.ensembles)} over {config.bundle_path}")
-        return 0
+        return _check(config)
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
@@ -105,6 +108,22 @@ def _run_serve(args: argparse.Namespace) -> int:
         serve(config)
     except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable) as error:
         return _refused("serve", error)
+    return 0
+
+
+def _check(config: ServiceConfig) -> int:
+    """All but the graphs: the bundle is read and every ensemble put together."""
+    from models.bundle import InvalidBundle, read_bundle
+    from models.composition import InvalidEnsemble
+    from service.ensembles import compose_named
+
+    try:
+        bundle = read_bundle(config.bundle_path, weights=False)
+        for name in config.ensembles:
+            compose_named(bundle, config, name)
+    except (InvalidBundle, InvalidEnsemble) as error:
+        return _refused("serve", error)
+    print(f"the configuration is valid: {', '.join(config.ensembles)} over {config.bundle_path}")
     return 0
 
 

@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 from models.bundle import InvalidBundle
 from models.composition import InvalidEnsemble
-from training import build, evaluate, export, train
 from training.refused import TrainingRefused
-
-COMMANDS = {"build": build, "train": train, "export": export, "evaluate": evaluate}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; an error of the caller's is one sentence on stderr and exit code 2."""
+    try:
+        from training import build, evaluate, export, train
+    except ModuleNotFoundError as error:
+        sys.exit(f"phalanx-train: {error}; it needs the extra `train`: pip install 'phalanx-ensemble[train]'")
+    modules = {"build": build, "train": train, "export": export, "evaluate": evaluate}
     parser = argparse.ArgumentParser(prog="phalanx-train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     runners: dict[str, Callable[[argparse.Namespace], int]] = {}
-    for name, module in COMMANDS.items():
+    for name, module in modules.items():
         described = (module.__doc__ or "").split(": ", 1)[1]
         child = commands.add_parser(name, help=described, description=described)
         module.add_arguments(child)

@@ -130,6 +130,9 @@ def test_a_configuration_can_be_checked_without_serving(tmp_path: Path, capsys: 
     path.write_text("ensembles: {full: {}, no-edge: {without: [edge]}}\n")
     assert main(["serve", "--config", str(path), "--check"]) == 0
     assert "valid: full, no-edge" in capsys.readouterr().out
+    path.write_text("ensembles: {x: {without: [nosuch]}}\n")
+    assert main(["serve", "--config", str(path), "--check"]) == 1
+    assert "expected one of adversarial, bayesian, edge, metric, got 'nosuch'" in capsys.readouterr().err
 
 
 def test_a_missing_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
