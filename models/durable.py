@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all, whatever is killed, full or cut off from power on the way."""
+"""A folder, or a file, that is written whole or not at all, whatever is killed, full or cut off from power on the way."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
         finally:
             # what is left of the attempt, or, once it has succeeded, the old folder
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file at `path`; what was there stays until the new one is on disk. One writer at a time."""
+    aside = path.with_name(f"{path.name}{PARTIAL}")
+    aside.unlink(missing_ok=True)  # what a killed writer left
+    try:
+        _write_synced(aside, data)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk should not stay full of it
+        raise
+    _sync(path.parent)
 
 
 def leftover(path: Path) -> Path | None:

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from models.manifest import InputSpec
+from models.transparency import over_black
 from service.errors import InvalidImage
 
 log = logging.getLogger(__name__)
@@ -137,9 +138,7 @@ def _refuse_16_bits(encoded: bytes) -> None:
 
 def _flat(image: Image.Image, channels: int) -> Image.Image:
     """RGB or grey, 8 bits, nothing transparent."""
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    image = over_black(image)
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from models.bundle import SubsetRow
+from models.durable import replace_file
 from models.ensemble import Ensemble, Reading, RuleName, Voter, combine, log_votes
 from models.manifest import Strength
 from training.attacks import margin_pgd
-from training.checkpoint import write_durably
 from training.data import Images
 from training.recipe import CalibrationRecipe
 from training.step import step_generator
@@ -250,5 +250,5 @@ class _Attacks:
         found = margin_pgd(target, self.pixels, self.labels, self.epsilon, self.steps, generator, restarts=1)
         answers = {name: logits.cpu().numpy() for name, logits in self.members.logits_on(found.pixels.cpu().numpy()).items()}
         self.cache.mkdir(parents=True, exist_ok=True)
-        write_durably(path, save(answers))
+        replace_file(path, save(answers))
         return answers

@@ -1,10 +1,9 @@
-"""Files that survive a kill at any moment: written aside, synced, renamed; and one trainer at a time."""
+"""Checkpoints that survive a kill at any moment, and one trainer at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import io
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.durable import replace_file
 from training.refused import TrainingRefused
 
 
@@ -24,30 +24,11 @@ class AlreadyTraining(TrainingRefused):
     """Another process writes the same files."""
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write so that `path` holds what it held or all of `content`, never a part of either."""
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a full disk should not stay full of it
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state`, durably."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_durably(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.transparency import over_black
 from training.recipe import DataRecipe
 from training.refused import TrainingRefused
 
@@ -179,9 +180,7 @@ def _decode(stored: Mapping[str, Any]) -> NDArray[np.uint8]:
 def _pixels(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.mode.startswith(("I", "F")):
         raise InvalidData(f"expected 8 bits per channel, got Pillow's mode {picture.mode}")
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    picture = over_black(picture)
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     pixels = np.asarray(picture, dtype=np.uint8)

@@ -19,13 +19,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from models.durable import replace_file
 from models.networks import NETWORKS, build_network
 from models.networks.bayesian import BayesianNetwork
 from training.attacks import Logits, pgd, to_uint8
 from training.augment import augment
 from training.averaging import WeightAverage
 from training.bayesian import TRAINING_MASKS, draw_masks
-from training.checkpoint import StaleCheckpoint, load_checkpoint, save_checkpoint, write_durably
+from training.checkpoint import StaleCheckpoint, load_checkpoint, save_checkpoint
 from training.data import Images, InvalidData, Splits
 from training.defenses import DEFENSES
 from training.progress import Progress
@@ -239,7 +240,7 @@ def _write_weights(path: Path, best: Standing, fingerprint: str) -> None:
         "fingerprint": fingerprint,
     }
     # one entry: safetensors writes several in no fixed order
-    write_durably(path, save(weights, metadata={RECORD: json.dumps(record)}))
+    replace_file(path, save(weights, metadata={RECORD: json.dumps(record)}))
 
 
 def read_weights(recipe: Recipe, kind: MemberKind, splits: Splits, folder: Path) -> bytes:

@@ -69,7 +69,8 @@ class Gate:
         self._failures = threading.Lock()
         self._places = threading.BoundedSemaphore(limits.max_concurrent_calls)
         # A stream keeps its place while it is silent: so that streams never shut out whoever has one question.
-        self._stream_places = threading.BoundedSemaphore(max(1, limits.max_concurrent_calls // 2))
+        self._most_streams = max(1, limits.max_concurrent_calls // 2)
+        self._stream_places = threading.BoundedSemaphore(self._most_streams)
         self.refusing = threading.Event()  # set when the server ends: no call is admitted any more
 
     def find(self, name: str) -> Served:
@@ -90,6 +91,12 @@ class Gate:
             abort(failure, context)
         self.end(method, name, began)
         return answer
+
+    def refuse(self, method: str, error: Exception, context: grpc.ServicerContext) -> Never:
+        """End a call that no handler has seen, and count it."""
+        failure = failure_of(error)
+        self.end(method, "", self.begin(method, ""), failure.code)
+        abort(failure, context)
 
     def begin(self, method: str, name: str) -> float:
         """Count a request in; `name` is as the caller wrote it."""
@@ -138,7 +145,7 @@ class Gate:
     def admit_stream(self) -> None:
         """As `admit`, for a stream; `leave_stream` gives the place back."""
         if not self._stream_places.acquire(blocking=False):
-            raise TooManyCalls(max(1, self.limits.max_concurrent_calls // 2), "streams")
+            raise TooManyCalls(self._most_streams, "streams")
         try:
             self.admit()
         except Exception:

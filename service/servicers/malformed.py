@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from service.errors import InvalidRequest, failure_of
-from service.servicers.gate import Gate, abort
+from service.errors import InvalidRequest
+from service.servicers.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,7 @@ class Registrar:
 
         def checked(request: Any, context: grpc.ServicerContext) -> Any:
             if isinstance(request, Malformed):
-                failure = failure_of(request.error)
-                self._gate.end(method, "", self._gate.begin(method, ""), failure.code)
-                abort(failure, context)
+                self._gate.refuse(method, request.error, context)
             return answer(request, context)
 
         return grpc.unary_unary_rpc_method_handler(checked, parse, write)

@@ -56,9 +56,7 @@ def answer_stream(
     try:
         gate.admit_stream()
     except (Draining, TooManyCalls) as error:
-        failure = failure_of(error)
-        gate.end(METHOD, "", gate.begin(METHOD, ""), failure.code)  # an admitted stream is counted by its requests
-        abort(failure, context)
+        gate.refuse(METHOD, error, context)  # counted here: an admitted stream is counted by its requests
     try:
         yield from _Stream(gate, context).answers(requests)
     except (Draining, SilentStream) as error:
