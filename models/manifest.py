@@ -164,7 +164,7 @@ class Manifest(_Frozen):
     masks: MasksSpec
     calibration: CalibrationFile
     samples: SamplesFile
-    documents: tuple[FileHash, ...] = ()  # licences, a robustness card: hashed and copied, never interpreted
+    documents: tuple[FileHash, ...] = ()  # licences, a robustness card (models/card.py): hashed and copied
     provenance: Provenance
     licenses: dict[str, str] = {}
 
@@ -178,6 +178,12 @@ class Manifest(_Frozen):
         """Every file of the bundle but the manifest itself."""
         members = [file for member in self.members for file in (member.onnx, member.weights)]
         return (*members, self.calibration, self.samples, *self.documents)
+
+    @property
+    def subject(self) -> str:
+        """Twelve hexadecimal digits over what decides answers: members, weights, rules, tables. Documents may come later."""
+        decisive = {"input", "classes", "members", "subsets", "masks", "calibration"}
+        return _digest(self.model_dump(mode="json", include=decisive, exclude_defaults=True))
 
     def member(self, name: str) -> MemberManifest:
         return next(member for member in self.members if member.name == name)
@@ -224,6 +230,10 @@ def content_version(document: dict[str, Any]) -> str:
     """
     provenance = {key: value for key, value in document["provenance"].items() if key != "created"}
     content = {**{key: value for key, value in document.items() if key != "version"}, "provenance": provenance}
+    return _digest(content)
+
+
+def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

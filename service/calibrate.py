@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from models.bundle import Bundle, BundleParts, InputSpec, InvalidBundle, calibration_outputs, read_bundle, write_bundle
+from models.card import CARD_FILE
 from models.member_session import member_runs
 from models.outputs import CALIBRATION_BATCH
 from service.errors import InvalidImage
@@ -119,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     for line in _remarks(images):
         said.print(Text(line, style="yellow"), soft_wrap=True)
+    if CARD_FILE in bundle.documents:
+        lost = f"left out: {CARD_FILE}, whose figures are of the old p-values; phalanx-train attack makes new ones"
+        said.print(Text(lost, style="yellow"), soft_wrap=True)
     old = bundle.manifest
     Console().print(
         Text(f"{args.output}: {old.name} version {new.manifest.version} (was {old.version}), "),
@@ -140,7 +144,10 @@ def image_folder(bundle: Bundle, folder: Path, limit: int = LIMIT) -> ImageFolde
 def calibrate(
     bundle: Bundle, images: ImageFolder, source: str, reject_rate: float, threads: int, progress: Progress
 ) -> BundleParts:
-    """The bundle with calibration outputs on these images; all else stays, the figures fitted under attack among it."""
+    """The bundle with calibration outputs on these images; all stays, the figures fitted under attack too, but a card.
+
+    With the p-values the verdicts change, and a robustness card is about both.
+    """
     _refuse_few(len(images.files), reject_rate)
     runs = member_runs(bundle, threads)
     outputs = calibration_outputs(runs, images.batches(progress), None, bundle.manifest.masks.seed)
@@ -150,6 +157,7 @@ def calibrate(
         calibration=replace(outputs, labels=np.array(images.labels, np.int16)),
         calibration_source=source,
         calibration_fingerprint=images.fingerprint,
+        documents={file: data for file, data in bundle.documents.items() if file != CARD_FILE},
     )
 
 

@@ -114,11 +114,13 @@ def _run_serve(args: argparse.Namespace) -> int:
 def _check(config: ServiceConfig) -> int:
     """All but the graphs: the bundle is read and every ensemble put together."""
     from models.bundle import InvalidBundle, read_bundle
+    from models.card import read_card
     from models.composition import InvalidEnsemble
     from service.ensembles import compose_named
 
     try:
         bundle = read_bundle(config.bundle_path, weights=False)
+        read_card(bundle.manifest, bundle.documents)
         for name in config.ensembles:
             compose_named(bundle, config, name)
     except (InvalidBundle, InvalidEnsemble) as error:

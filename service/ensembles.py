@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Self
 
 from models.bundle import Bundle, InvalidBundle, read_bundle
+from models.card import Card, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble
 from models.self_test import check_member
@@ -38,8 +39,9 @@ class LoadedEnsemble:
 class Ensembles(Mapping[str, LoadedEnsemble]):
     """By name, in the order of the config; the first is the default."""
 
-    def __init__(self, bundle: Bundle, loaded: Mapping[str, LoadedEnsemble], threads: ComputeThreads) -> None:
+    def __init__(self, bundle: Bundle, card: Card | None, loaded: Mapping[str, LoadedEnsemble], threads: ComputeThreads) -> None:
         self.bundle = bundle  # without the members' files, which nobody needs once the graphs are loaded
+        self.card = card
         self._loaded = MappingProxyType(dict(loaded))
         self._threads = threads
 
@@ -81,6 +83,7 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
     cache = GraphCache(user_cache(os.environ)) if cache is None else cache
     bundle = read_bundle(config.bundle_path, weights=False)
+    card = read_card(bundle.manifest, bundle.documents)
     threads = ComputeThreads(config.device.threads)
     try:
         ready: list[tuple[Ensemble, Engine]] = []
@@ -94,7 +97,7 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     metrics.describe_bundle(bundle.manifest.name, bundle.manifest.version)
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
-    return Ensembles(bundle, loaded, threads)
+    return Ensembles(bundle, card, loaded, threads)
 
 
 def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, threads: ComputeThreads) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from models.bundle import FileCheck, InvalidBundle, Manifest, check_files, read_bundle, read_manifest
+from models.card import CARD_FILE, Card, Share, read_card
 from models.self_test import check_member
+
+NO_CARD = "no robustness card: nothing is claimed under attack; phalanx-train attack, then phalanx-train report, make one"
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Inspection:
     manifest: Manifest | None
     files: tuple[FileCheck, ...]
     problem: str | None
+    card: Card | None = None  # where there is one, and it is this bundle's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +46,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect_bundle(path: Path) -> Inspection:
-    """Verify every hash, then all that reading the bundle verifies, then that every member answers the samples rightly."""
+    """Verify every hash, all that reading the bundle verifies, the card, and that every member answers the samples rightly."""
     try:
         manifest = read_manifest(path)
     except InvalidBundle as error:
         return Inspection(None, (), str(error))
     files: tuple[FileCheck, ...] = ()
+    card: Card | None = None
     try:
         files = tuple(check_files(path, manifest))
         problem = next((check.problem for check in files if check.problem), None)
         if problem is None:
             bundle = read_bundle(path, weights=False)
+            card = read_card(manifest, bundle.documents)
             for member in manifest.members:
                 check_member(bundle, member)
     except InvalidBundle as error:
         problem = str(error)
-    return Inspection(manifest, files, problem)
+    return Inspection(manifest, files, problem, card)
 
 
 def as_json(inspection: Inspection) -> str:
@@ -65,6 +72,7 @@ def as_json(inspection: Inspection) -> str:
         "problem": inspection.problem,
         "files": [asdict(check) for check in inspection.files],
         "manifest": inspection.manifest.model_dump(mode="json") if inspection.manifest else None,
+        "card": inspection.card.model_dump(mode="json") if inspection.card else None,
     }
     return json.dumps(document, indent=2)
 
@@ -78,8 +86,12 @@ def as_tables(inspection: Inspection) -> RenderableType:
     if inspection.manifest is None:
         return verdict
     manifest = inspection.manifest
-    parts = [_about(manifest), _members(manifest), _subsets(manifest), _files(inspection.files), _provenance(manifest)]
+    parts: list[RenderableType] = [_about(manifest), _members(manifest), _subsets(manifest)]
+    parts += [*_robustness(manifest, inspection.card), _files(inspection.files), _provenance(manifest)]
     others = [Text(f"         {check.problem}", style="red") for check in wrong[1:]]
+    if inspection.card and inspection.card.failed:
+        loud = f"FAILED   checks of {CARD_FILE}, whose figures prove nothing:\n{_failures(inspection.card)}"
+        others.append(Text(loud, style="bold red"))
     return Group(*(part for each in parts for part in (each, Text())), verdict, *others)
 
 
@@ -133,6 +145,35 @@ def _subsets(manifest: Manifest) -> Table:
     return table
 
 
+def _robustness(manifest: Manifest, card: Card | None) -> Iterator[RenderableType]:
+    """The headline, with all that speaks against it; nothing where the card cannot be read, as the verdict says so."""
+    if card is None:
+        if not any(document.file == CARD_FILE for document in manifest.documents):
+            yield Text(NO_CARD)
+        return
+    told = card.headline
+    pairs: dict[str, str | Text] = {
+        "clean": _percent(told.clean),
+        "robust": _percent(told.robust),
+        "robust, rejecting 5%": _percent(told.rejecting_5),
+        "conjecture": told.conjecture,
+    }
+    if not told.publishable or card.missing:
+        lacking = "".join(f"\n- {safeguard}" for safeguard in card.missing)
+        pairs["NOT PUBLISHABLE"] = Text(f"measured with fewer safeguards than a published figure{lacking}", style="yellow")
+    if failed := _failures(card):
+        pairs["FAILED"] = Text(failed, style="bold red")
+    yield _pairs(f"{told.ensemble} under attack: l-infinity, ε = {told.epsilon:g} of 255, suite {told.suite}", pairs)
+
+
+def _failures(card: Card) -> str:
+    return "\n".join(f"{check.name}: {check.measured}" for check in card.failed)
+
+
+def _percent(share: Share) -> str:
+    return f"{share.value:.1%}  (95% interval {share.low:.1%} to {share.high:.1%}, n = {share.n:,})"
+
+
 def _files(files: tuple[FileCheck, ...]) -> Table:
     table = _table("files", "file", ">bytes", "SHA-256", "")
     for check in files:
@@ -158,7 +199,7 @@ def _provenance(manifest: Manifest) -> Table:
     )
 
 
-def _pairs(title: str, pairs: dict[str, str]) -> Table:
+def _pairs(title: str, pairs: Mapping[str, str | Text]) -> Table:
     table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
     for name, value in pairs.items():
         _row(table, name, value)
@@ -173,6 +214,6 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _row(table: Table, *cells: str) -> None:
+def _row(table: Table, *cells: str | Text) -> None:
     """As plain text: what a bundle says is data, and may hold rich's square brackets."""
-    table.add_row(*(Text(cell) for cell in cells))
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))

@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+from models.card import Share, measured_on
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.gate import Gate, Served
 
@@ -32,6 +33,7 @@ def describe(served: Served, gate: Gate) -> pb.Ensemble:
             max_image_pixels=limits.max_image_pixels,
             max_request_pixels=limits.max_request_pixels,
         ),
+        robustness=_robustness(served, gate),
     )
 
 
@@ -48,3 +50,26 @@ def _member(name: str, served: Served, gate: Gate) -> pb.Member:
         parameters=manifest.parameters,
         stochastic=manifest.stochastic is not None,
     )
+
+
+def _robustness(served: Served, gate: Gate) -> pb.Robustness | None:
+    """What the card says of this very ensemble; of another one's figures not even the sentence."""
+    card = gate.ensembles.card
+    if card is None or (system := measured_on(card, gate.ensembles.bundle.manifest, served.loaded.ensemble)) is None:
+        return None
+    headline = card.headline
+    return pb.Robustness(
+        epsilon=card.epsilon,
+        images=system.robust.n,
+        clean=_share(system.clean),
+        robust=_share(system.robust),
+        robust_with_rejection=_share(system.rejecting_5),
+        suite=headline.suite,
+        publishable=card.publishable,
+        conjecture=headline.conjecture if system.name == headline.ensemble else "",
+        failed_checks=[f"{check.name}: {check.measured}" for check in card.failed],
+    )
+
+
+def _share(share: Share) -> pb.Share:
+    return pb.Share(value=share.value, low=share.low, high=share.high)

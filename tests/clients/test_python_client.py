@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
+from models.bundle import write_bundle
 from phalanx_client import (
     Classification,
     Client,
@@ -23,11 +24,14 @@ from phalanx_client import (
     Masks,
     PhalanxError,
     RawPixels,
+    Robustness,
+    Share,
     Verdict,
 )
 from service.config import ServiceConfig
 from service.server import Server
-from tests.bundles import CLASSES, write_tiny_bundle
+from tests.bundles import CLASSES, tiny_parts
+from tests.service.cards import CONJECTURE, with_card
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIENT = REPOSITORY / "clients" / "python"
@@ -36,10 +40,10 @@ TILE = REPOSITORY / "examples" / "tiles" / "forest-1.png"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("client")
+    bundle = write_bundle(tmp_path_factory.mktemp("client") / "bundle", with_card(tiny_parts()))
     config = ServiceConfig.model_validate(
         {
-            "bundle": write_tiny_bundle(folder / "bundle"),
+            "bundle": bundle.path,
             "listen": "127.0.0.1:0",
             "metrics": False,
             "ensembles": {"full": {}, "no-bayesian": {"without": ["bayesian"]}},
@@ -178,6 +182,22 @@ def test_ensembles_are_described(client: Client) -> None:
     assert full.limits.max_images_per_request == 16
     with pytest.raises(PhalanxError, match="NOT_FOUND"):
         client.get_ensemble("nobody")
+
+
+def test_what_was_measured_under_attack_is_told_of_that_ensemble_alone(client: Client) -> None:
+    full, other = client.list_ensembles()
+    assert full.robustness == Robustness(
+        epsilon=4,
+        images=300,
+        clean=Share(0.94, 0.94 - 0.01, 0.94 + 0.01),
+        robust=Share(0.62, 0.62 - 0.01, 0.62 + 0.01),
+        robust_with_rejection=Share(0.62 + 0.09, 0.62 + 0.09 - 0.01, 0.62 + 0.09 + 0.01),
+        suite="quick",
+        publishable=False,
+        conjecture=CONJECTURE,
+        failed_checks=(),
+    )
+    assert other.robustness is None
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import Bundle, read_bundle
+from models.card import CARD_FILE
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Verdict, decide
 from models.masks import draw_masks
 from models.member_session import member_runs
 from service.calibrate import add_arguments, run
 from tests.bundles import CLASSES, random_images, write_tiny_bundle
+from tests.service.cards import write_carded_bundle
 
 REVIEW_RATE = 0.2
 
@@ -85,6 +87,17 @@ def test_all_but_the_calibration_stays(bundle: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr()
     assert f"version {new.manifest.version} (was {old.manifest.version}), calibrated on 150 images" in " ".join(said.out.split())
     assert "150 images give p-values in steps of 0.0066; 1,000 or more are recommended" in " ".join(said.err.split())
+
+
+def test_a_card_of_the_old_p_values_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    carded = write_carded_bundle(tmp_path / "carded")
+    folder = save(operator_images(carded, 100, seed=1), tmp_path / "images")
+    assert invoke(carded, folder, "-o", tmp_path / "new") == 0
+    old, new = read_bundle(carded), read_bundle(tmp_path / "new")
+    assert new.manifest.subject != old.manifest.subject
+    assert new.documents == {file: data for file, data in old.documents.items() if file != CARD_FILE}
+    assert not (tmp_path / "new" / CARD_FILE).exists()
+    assert f"left out: {CARD_FILE}, whose figures are of the old p-values" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_same_images_in_other_files_give_the_same_fingerprint(bundle: Path, tmp_path: Path) -> None:

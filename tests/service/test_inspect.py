@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from models.bundle import read_bundle, write_bundle
+from models.bundle import read_bundle, read_manifest, write_bundle
+from models.card import CARD_FILE, encode_card
 from service.inspect import Inspection, add_arguments, as_tables, inspect_bundle, run
-from tests.bundles import edit_manifest, tiny_parts, write_tiny_bundle
+from tests.bundles import edit_manifest, replace_file, tiny_parts, write_tiny_bundle
+from tests.service.cards import CONJECTURE, VANISHED, headline_of, tiny_card, write_carded_bundle
 
 
 @pytest.fixture
@@ -104,3 +106,68 @@ def test_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bundle / "manifest.json").write_text("{}")
     assert invoke(str(bundle), "--json") == 1
     assert json.loads(capsys.readouterr().out)["manifest"] is None
+
+
+def test_a_bundle_without_a_card_claims_nothing(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "no robustness card: nothing is claimed under attack; phalanx-train attack, then phalanx-train report, make one"
+    assert line in shown(inspect_bundle(bundle)).splitlines()
+    assert invoke(str(bundle), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["card"] is None
+
+
+def test_the_cards_headline_is_printed_with_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_carded_bundle(tmp_path / "bundle")
+    text = shown(inspect_bundle(path))
+    for expected in (
+        "full under attack: l-infinity, ε = 4 of 255, suite quick",
+        "94.0%  (95% interval 93.0% to 95.0%, n = 5,400)",
+        "62.0%  (95% interval 61.0% to 63.0%, n = 300)",
+        "71.0%  (95% interval 70.0% to 72.0%, n = 300)",
+        CONJECTURE,
+        "measured with fewer safeguards than a published figure",
+        "- 1,000 images",
+        "- FAB",
+        "valid: all 12 hashes agree",
+    ):
+        assert expected in text
+    assert "no robustness card" not in text
+    assert "FAILED" not in text
+    assert invoke(str(path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["card"] == json.loads((path / CARD_FILE).read_text())
+
+
+def test_a_publishable_figure_lacks_nothing(tmp_path: Path) -> None:
+    card = tiny_card(read_manifest(write_tiny_bundle(tmp_path / "plain", images=100)))
+    headline = headline_of(card.system("full"), card.epsilon, publishable=True)
+    text = shown(inspect_bundle(write_carded_bundle(tmp_path / "bundle", headline=headline, missing=())))
+    assert "62.0%" in text
+    assert "safeguards" not in text
+
+
+def test_a_failed_check_is_shown_beside_the_figures_and_at_the_end(tmp_path: Path) -> None:
+    path = write_carded_bundle(tmp_path / "bundle", checks=(VANISHED, VANISHED.model_copy(update={"measured": "twice"})))
+    text = shown(inspect_bundle(path))
+    assert text.count("gradients reach the image: zero on 12% of [images]") == 2
+    assert text.count("gradients reach the image: twice") == 2
+    assert text.index("valid: all") < text.index("FAILED   checks of robustness-card.json, whose figures prove nothing")
+
+
+def test_the_card_of_another_subject_makes_the_bundle_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_carded_bundle(tmp_path / "bundle", subject="0123456789ab")
+    text = shown(inspect_bundle(path))
+    assert "INVALID  robustness-card.json: expected figures of these members, " in text
+    assert "got those of 0123456789ab" in text
+    assert "62.0%" not in text
+    assert "no robustness card" not in text
+    assert invoke(str(path), "--json") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["valid"], document["card"]) == (False, None)
+
+
+def test_a_card_that_does_not_validate_makes_the_bundle_invalid(tmp_path: Path) -> None:
+    path = write_carded_bundle(tmp_path / "bundle")
+    data = encode_card(tiny_card(read_manifest(path))).replace(b'"seed"', b'"sead"')
+    replace_file(path, CARD_FILE, data)
+    problem = inspect_bundle(path).problem
+    assert problem is not None
+    assert problem.startswith("robustness-card.json: seed: Field required")

@@ -163,6 +163,30 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A share of images, 0 to 1, with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Robustness:
+    """What was measured under attack on an ensemble of these voters, rule and detectors; its shares are upper bounds."""
+
+    epsilon: float  # how far any pixel's value was moved at most, of 255
+    images: int
+    clean: Share
+    robust: Share
+    robust_with_rejection: Share
+    suite: str
+    publishable: bool
+    conjecture: str  # empty where that was asked of another ensemble
+    failed_checks: tuple[str, ...]  # where there is one, the figures prove nothing
+
+
+@dataclass(frozen=True, slots=True)
 class Ensemble:
     name: str
     is_default: bool
@@ -176,6 +200,7 @@ class Ensemble:
     masks: Masks
     provider: str
     limits: Limits
+    robustness: Robustness | None  # None where nothing was measured on this very ensemble
 
 
 def result(message: pb.ImageResult) -> Classification | ImageError:
@@ -230,4 +255,24 @@ def ensemble(message: pb.Ensemble) -> Ensemble:
             limits.max_image_pixels,
             limits.max_request_pixels,
         ),
+        robustness=robustness(m.robustness) if m.HasField("robustness") else None,
     )
+
+
+def robustness(message: pb.Robustness) -> Robustness:
+    m = message
+    return Robustness(
+        epsilon=m.epsilon,
+        images=m.images,
+        clean=share(m.clean),
+        robust=share(m.robust),
+        robust_with_rejection=share(m.robust_with_rejection),
+        suite=m.suite,
+        publishable=m.publishable,
+        conjecture=m.conjecture,
+        failed_checks=tuple(m.failed_checks),
+    )
+
+
+def share(message: pb.Share) -> Share:
+    return Share(message.value, message.low, message.high)

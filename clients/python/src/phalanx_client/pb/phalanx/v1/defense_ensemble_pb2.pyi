@@ -585,6 +585,7 @@ class Ensemble(_message.Message):
     MASKS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    ROBUSTNESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     is_default: _builtins.bool
     masks: Global___Masks.ValueType
@@ -610,6 +611,10 @@ class Ensemble(_message.Message):
     def bundle(self) -> Global___Bundle: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def robustness(self) -> Global___Robustness:
+        """Absent where nothing was measured under attack on this very ensemble."""
+
     def __init__(
         self,
         *,
@@ -625,10 +630,11 @@ class Ensemble(_message.Message):
         masks: Global___Masks.ValueType = ...,
         provider: _builtins.str = ...,
         limits: Global___Limits | None = ...,
+        robustness: Global___Robustness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "input", b"input", "limits", b"limits", "rates", b"rates", "rule", b"rule"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "input", b"input", "limits", b"limits", "rates", b"rates", "robustness", b"robustness", "rule", b"rule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "classes", b"classes", "detectors", b"detectors", "input", b"input", "is_default", b"is_default", "limits", b"limits", "masks", b"masks", "members", b"members", "name", b"name", "provider", b"provider", "rates", b"rates", "rule", b"rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "classes", b"classes", "detectors", b"detectors", "input", b"input", "is_default", b"is_default", "limits", b"limits", "masks", b"masks", "members", b"members", "name", b"name", "provider", b"provider", "rates", b"rates", "robustness", b"robustness", "rule", b"rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,3 +845,96 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class Robustness(_message.Message):
+    """What the bundle's robustness card says was measured on an ensemble of these voters, rule and detectors. A figure under attack is
+    the worst case per image over everything that was tried, and an upper bound: what was not tried may fool more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    CLEAN_FIELD_NUMBER: _builtins.int
+    ROBUST_FIELD_NUMBER: _builtins.int
+    ROBUST_WITH_REJECTION_FIELD_NUMBER: _builtins.int
+    SUITE_FIELD_NUMBER: _builtins.int
+    PUBLISHABLE_FIELD_NUMBER: _builtins.int
+    CONJECTURE_FIELD_NUMBER: _builtins.int
+    FAILED_CHECKS_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """How far any pixel's value was moved at most (l-infinity), of 255."""
+    images: _builtins.int
+    """How many were attacked."""
+    suite: _builtins.str
+    """Which attacks."""
+    publishable: _builtins.bool
+    """Measured with every safeguard of a published figure; a smoke test is not."""
+    conjecture: _builtins.str
+    """Whether it beat its best member; empty where that was asked of another ensemble."""
+    @_builtins.property
+    def clean(self) -> Global___Share:
+        """Classified rightly without an attack, of the whole test split."""
+
+    @_builtins.property
+    def robust(self) -> Global___Share:
+        """Classified rightly, clean and under every attack."""
+
+    @_builtins.property
+    def robust_with_rejection(self) -> Global___Share:
+        """Classified rightly and accepted when clean, and never wrong and accepted under an attack. Accepted is a combined p-value above
+        0.05, whatever `rates` says.
+        """
+
+    @_builtins.property
+    def failed_checks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sanity checks of the measurement: where one failed, the figures prove nothing."""
+
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        images: _builtins.int = ...,
+        clean: Global___Share | None = ...,
+        robust: Global___Share | None = ...,
+        robust_with_rejection: Global___Share | None = ...,
+        suite: _builtins.str = ...,
+        publishable: _builtins.bool = ...,
+        conjecture: _builtins.str = ...,
+        failed_checks: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clean", b"clean", "robust", b"robust", "robust_with_rejection", b"robust_with_rejection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clean", b"clean", "conjecture", b"conjecture", "epsilon", b"epsilon", "failed_checks", b"failed_checks", "images", b"images", "publishable", b"publishable", "robust", b"robust", "robust_with_rejection", b"robust_with_rejection", "suite", b"suite"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Robustness: _TypeAlias = Robustness  # noqa: Y015
+
+@_typing.final
+class Share(_message.Message):
+    """A share of images, 0 to 1, with its 95% interval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    value: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        value: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
