@@ -27,7 +27,7 @@ from torch import Tensor
 from models.bundle import Bundle, InputSpec, read_bundle
 from service.config import ServiceConfig
 from service.demo import Attack, true_class
-from training.attacks import Logits, margin, margin_pgd, to_uint8
+from training.attacks.pgd import Logits, margin, margin_pgd, to_uint8
 from training.step import step_generator
 from training.system import Members, load_networks
 
@@ -39,7 +39,7 @@ README = """\
 
 The tiles of `../tiles`, changed a little so that one member of the shipped bundle, asked alone, takes them for something else. They
 show what the other members and the detectors make of that: `make demo`. An attack on one member is the easy case; `phalanx-train
-evaluate` attacks the ensemble as a whole, and that is where its robustness is measured.
+attack` attacks the ensemble as a whole, and that is where its robustness is measured.
 
 | | |
 | --- | --- |

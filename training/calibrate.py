@@ -25,7 +25,7 @@ from models.bundle import SubsetRow
 from models.durable import replace_file
 from models.ensemble import Ensemble, Reading, RuleName, Voter, combine, log_votes
 from models.manifest import Strength
-from training.attacks import margin_pgd
+from training.attacks.pgd import margin_pgd
 from training.data import Images
 from training.recipe import CalibrationRecipe
 from training.step import step_generator

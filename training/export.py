@@ -167,13 +167,13 @@ def _provenance(recipe: Recipe, splits: Splits) -> Provenance:
         data_name=splits.source,
         data_fingerprint=splits.fingerprint,
         epsilon=recipe.epsilon,
-        commit=_commit(),
+        commit=commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the code that runs, with `+changes` where the tree differs from it; `unknown` outside a checkout."""
     root = str(resources.files("training"))
     try:

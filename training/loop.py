@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models.durable import replace_file
 from models.networks import NETWORKS, build_network
 from models.networks.bayesian import BayesianNetwork
-from training.attacks import Logits, pgd, to_uint8
+from training.attacks.pgd import Logits, pgd, to_uint8
 from training.augment import augment
 from training.averaging import WeightAverage
 from training.bayesian import TRAINING_MASKS, draw_masks

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.attacks import Logits, pgd
+from training.attacks.pgd import Logits, pgd
 from training.recipe import MemberRecipe
 
 

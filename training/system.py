@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from models.bundle import Bundle
-from models.ensemble import Ensemble, combine, log_votes, read, reduce_masks
+from models.ensemble import Ensemble, Reading, RuleName, combine, decide, log_votes, read, reduce_masks, resolved, scores
+from models.log_probability import first_largest
 from models.masks import draw_masks
 from models.networks import build_network
 from models.networks.bayesian import BayesianNetwork
@@ -79,7 +82,109 @@ def log_probabilities(ensemble: Ensemble, members: Members) -> Callable[[Tensor]
     voters = [voter.name for voter in ensemble.voters]
 
     def forward(pixels: Tensor) -> Tensor:
-        readings = {name: read(output) for name, output in members.outputs(voters, pixels).items()}
-        return cast(Tensor, combine(ensemble, log_votes(ensemble, readings)))
+        return cast(Tensor, combine(ensemble, log_votes(ensemble, _read_all(members.outputs(voters, pixels)))))
 
     return forward
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the deployed rule says of n images: label (n,) int64, combined p-value (n,) in (0, 1]."""
+
+    label: Tensor
+    p_value: Tensor
+
+
+class System:
+    """An ensemble over its members: what is deployed, and a differentiable view of all that it decides by."""
+
+    def __init__(self, ensemble: Ensemble, members: Members) -> None:
+        self.ensemble, self.members = ensemble, members
+        # Without the voters that the rule gives no share: the same probabilities for less work.
+        self._speaking = replace(ensemble, voters=tuple(voter for voter in ensemble.voters if self.share(voter.name) > 0))
+        self.log_probabilities = log_probabilities(self._speaking, members)
+        self._stairs = [_staircase(table, members.device) for table in ensemble.tables]
+
+    def under(self, rule: RuleName) -> System:
+        """The same voters under another rule."""
+        return System(replace(self.ensemble, rule=rule), self.members)
+
+    def share(self, voter: str) -> float:
+        """A voter's part in the rule, 1 where the rule ignores weights."""
+        weighs = self.ensemble.rule in (RuleName.WEIGHTED, RuleName.LOG_POOL, RuleName.MIXED)
+        heard = {
+            v.name: v.weight or float(v.strength == "accurate" and self.ensemble.rule == RuleName.MIXED)
+            for v in self.ensemble.voters
+        }
+        return heard[voter] if weighs else 1.0
+
+    @property
+    def heard(self) -> tuple[object, ...]:
+        """All that its probabilities depend on; equal for systems that differ in silent voters and detectors only."""
+        speaking = self._speaking
+        voters = tuple((v.name, v.temperature, v.strength, self.share(v.name)) for v in speaking.voters)
+        if len(voters) == 1 and speaking.rule != RuleName.MAJORITY:
+            return voters
+        return (*voters, speaking.rule, *((speaking.alpha, speaking.scale) if speaking.rule == RuleName.MIXED else ()))
+
+    def voting(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The system's log-probabilities (n, k), and those of each voter that has a share in them."""
+        voters = [voter.name for voter in self.ensemble.voters]
+        votes = log_votes(self.ensemble, _read_all(self.members.outputs(voters, pixels)))
+        heard = {name: votes[:, i] for i, name in enumerate(voters) if self.share(name) > 0}
+        return combine(self.ensemble, votes), heard
+
+    def judge(self, pixels: Tensor) -> Judged:
+        """Label and p-value as deployed, without gradient."""
+        with torch.inference_mode():
+            decision = decide(self.ensemble, self.members.outputs(self.ensemble.members, pixels))
+        return Judged(decision.label, decision.p_value)
+
+    def evidence(self, pixels: Tensor) -> tuple[Tensor, Tensor, Judged]:
+        """Log-probabilities (n, k), the statistic (n,) made differentiable, and what the deployed rule says.
+
+        p-values are step functions of the scores; between two calibration scores the statistic is interpolated, and
+        beyond the last it goes on as steeply as it rose over the last tenth, so that a caught image feels a way back.
+        """
+        outputs = self.members.outputs(self.ensemble.members, pixels)
+        readings = _read_all(outputs)
+        votes = log_votes(self.ensemble, readings)
+        log_p = combine(self.ensemble, votes)
+        found = scores(self.ensemble, readings, votes, first_largest(log_p.exp()))
+        statistic = torch.zeros_like(log_p[:, 0])
+        for (knots, heights), score in zip(self._stairs, found, strict=True):
+            statistic = statistic + _interpolated(knots, heights, score)
+        with torch.no_grad():
+            decision = decide(self.ensemble, {name: output.detach() for name, output in outputs.items()})
+        return log_p, statistic, Judged(decision.label, decision.p_value)
+
+    @property
+    def review_threshold(self) -> float:
+        """The statistic from which on the verdict is no longer CLEAN."""
+        kept = len(self.ensemble.combined) - resolved(self.ensemble.review_rate, len(self.ensemble.combined))
+        return float(self.ensemble.combined[kept])
+
+
+def _interpolated(knots: Tensor, heights: Tensor, score: Tensor) -> Tensor:
+    """The broken line through (knots, heights), extended at both ends, but not below 0; score: (n,)."""
+    right = torch.searchsorted(knots, score.detach().contiguous()).clamp(1, len(knots) - 1)
+    slope = (heights[right] - heights[right - 1]) / (knots[right] - knots[right - 1])
+    return (heights[right - 1] + slope * (score - knots[right - 1])).clamp_min(0.0)
+
+
+def _staircase(table: NDArray[np.float32], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Knots (score, -log p) of an ascending table (n,), at most some 200 of them, and one far beyond the last."""
+    n = len(table)
+    x, first = np.unique(table.astype(np.float64), return_index=True)
+    y = -np.log((1 + n - first) / (n + 1))
+    kept = np.unique(np.r_[0, np.searchsorted(y, np.linspace(0, y[-1], 200)).clip(0, len(x) - 1), len(x) - 1])
+    x, y = x[kept], y[kept]
+    tenth = np.searchsorted(y, y[-1] - np.log(10))
+    slope = (y[-1] - y[tenth]) / (x[-1] - x[tenth]) if x[-1] > x[tenth] else 1.0
+    far = x[-1] + max(1.0, 1e3 * abs(x[-1]))
+    knots, heights = np.r_[x, far], np.r_[y, y[-1] + slope * (far - x[-1])]
+    return torch.from_numpy(knots).float().to(device), torch.from_numpy(heights).float().to(device)
+
+
+def _read_all(outputs: Mapping[str, Tensor]) -> dict[str, Reading]:
+    return {name: read(output) for name, output in outputs.items()}

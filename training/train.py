@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
-from training.checkpoint import only_trainer
 from training.data import load_splits
+from training.lock import only_process
 from training.loop import train_member
 from training.progress import Progress
 from training.recipe import load_recipe
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
         progress = Progress(sys.stderr if fabric.is_global_zero else io.StringIO(), args.line)
-        with only_trainer(folder / f"{kind}.lock") if fabric.is_global_zero else nullcontext():
+        with only_process(folder / f"{kind}.lock") if fabric.is_global_zero else nullcontext():
             written = train_member(recipe, kind, splits, folder, fabric, progress)
         if fabric.is_global_zero:
             print(f"{kind}: {written}")
@@ -81,7 +81,7 @@ def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> i
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 line, kind = waiting.pop(0)
-                running[kind] = subprocess.Popen([*command, "--members", kind, "--line", str(line)], preexec_fn=_end_with_parent)
+                running[kind] = subprocess.Popen([*command, "--members", kind, "--line", str(line)], preexec_fn=end_with_parent)
             for kind, process in list(running.items()):
                 try:
                     code = process.wait(timeout=0.5)
@@ -98,7 +98,7 @@ def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> i
     return 1 if failed else 0
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Called in a child before it begins: where its parent is killed, Linux sends it SIGTERM (prctl PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -68,12 +68,16 @@ class EdgeNetwork(nn.Module):
 
     def planes(self, pixels: Tensor) -> Tensor:
         """What the member sees: (n, planes, h, w); edge planes hold 0 and 1 (centred), colour planes are blocks."""
-        magnitude = sobel_magnitude(channels_first(pixels))
-        seen = [binary_edges(magnitude, t, self.config.surrogate_width) - 0.5 for t in self.config.thresholds]
+        seen = self.edges(pixels)
         if (block := self.config.colour_block) > 0:
             coarse = F.avg_pool2d(self.pixels(pixels), block)
             seen.append(coarse.repeat_interleave(block, dim=2).repeat_interleave(block, dim=3))
         return torch.cat(seen, dim=1)
+
+    def edges(self, pixels: Tensor) -> list[Tensor]:
+        """A plane (n, c, h, w) of -0.5 and 0.5 for every threshold."""
+        magnitude = sobel_magnitude(channels_first(pixels))
+        return [binary_edges(magnitude, t, self.config.surrogate_width) - 0.5 for t in self.config.thresholds]
 
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.head(self.backbone(self.planes(pixels)))

@@ -49,8 +49,13 @@ class MetricNetwork(nn.Module):
         self.embed = nn.Linear(self.backbone.width, config.features)
         self.register_buffer("centers", max_mahalanobis_centers(config.classes, config.features, config.radius))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, h, w, c) -> z (n, d)."""
         z: Tensor = self.embed(self.backbone(self.pixels(pixels))).float()
+        return z
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        z = self.features(pixels)
         # Squared differences, not the expanded square: no cancellation near a center, and no product that mixed
         # precision would round.
         return -(z[:, None, :] - self.centers).square().sum(dim=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.attacks import cross_entropy, margin, margin_pgd, pgd, to_uint8
+from training.attacks.pgd import cross_entropy, margin, margin_pgd, pgd, to_uint8
 
 EPSILON = 4.0
 

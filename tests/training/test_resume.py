@@ -14,8 +14,9 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from training.checkpoint import AlreadyTraining, StaleCheckpoint, load_checkpoint, only_trainer, save_checkpoint
+from training.checkpoint import StaleCheckpoint, load_checkpoint, save_checkpoint
 from training.data import load_splits
+from training.lock import AlreadyRunning, only_process
 from training.loop import read_weights, train_member
 from training.progress import Progress
 from training.recipe import load_recipe
@@ -99,9 +100,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_a_second_trainer_of_the_same_member_is_refused(tmp_path: Path) -> None:
     lock = tmp_path / "edge.lock"
-    with only_trainer(lock), pytest.raises(AlreadyTraining, match="trains this member already"), only_trainer(lock):
+    with only_process(lock), pytest.raises(AlreadyRunning, match="does this work already"), only_process(lock):
         pass
-    with only_trainer(tmp_path / "edge.lock"):
+    with only_process(tmp_path / "edge.lock"):
         pass
 
 

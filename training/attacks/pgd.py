@@ -73,16 +73,19 @@ def margin_pgd(
     restarts: int = 5,
     step_size: float | None = None,
     batch_size: int = 128,
+    until_fooled: bool = True,
 ) -> Attacked:
     """PGD on the margin, step eps/8 unless told otherwise; the first start is the image itself, the others random.
 
-    The best iterate of every image is kept; images that are fooled are left out of the next start. A gradient that
-    is not finite is treated as 0, and so cannot pass for robustness: the random restarts still stand against it.
+    The best iterate of every image is kept. With `until_fooled`, images that are fooled are left out of the next start,
+    and a batch that is fooled stops; without, the margin is pushed to the end, for what must fool others as well. A
+    gradient that is not finite is treated as 0, and so cannot pass for robustness: the random restarts still stand
+    against it.
     """
     step = epsilon / 8 if step_size is None else step_size
     best, best_margin = pixels.clone(), torch.full((len(pixels),), float("-inf"), device=pixels.device)
     for restart in range(restarts):
-        for todo in torch.nonzero(best_margin <= 0).squeeze(1).split(batch_size):
+        for todo in torch.nonzero((best_margin <= 0) | (not until_fooled)).squeeze(1).split(batch_size):
             clean, labels = pixels[todo], y[todo]
             noise = torch.empty_like(clean).uniform_(-epsilon, epsilon, generator=generator) * (restart > 0)
             x = (clean + noise).clamp(0, 255)
@@ -91,7 +94,7 @@ def margin_pgd(
                 found = margin(logits(x), labels)
                 better = found.detach() > best_margin[todo]
                 best[todo[better]], best_margin[todo[better]] = x.detach()[better], found.detach()[better]
-                if iteration == steps or bool((best_margin[todo] > 0).all()):
+                if iteration == steps or (until_fooled and bool((best_margin[todo] > 0).all())):
                     break
                 (gradient,) = torch.autograd.grad(found.sum(), x)
                 x = project(x.detach() + step * gradient.nan_to_num(0.0).sign(), clean, epsilon)

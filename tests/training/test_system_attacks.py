@@ -1,0 +1,170 @@
+"""The instrument's attacks where the answer is known: linear systems, a masked gradient, a detector in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.ensemble import RuleName
+from tests.training.toys import EPSILON, Linear, Masked, images, problem, system, weights
+from training.attacks.detectors import joint, orthogonal
+from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
+from training.attacks.noise import random_noise
+from training.attacks.pgd import margin
+from training.attacks.problem import Attack, Findings, Problem
+from training.attacks.rule import reweighed, surrogate, whole_system
+from training.evaluation.suites import suite
+from training.system import System
+
+CLASSES = 5
+
+
+def linear_system() -> tuple[System, Tensor, Tensor, Linear]:
+    """One linear member, images deep in their class, labels as it has them."""
+    net = Linear(weights(0, CLASSES), torch.zeros(CLASSES))
+    pixels = images(40)
+    with torch.no_grad():
+        labels = net(pixels).argmax(dim=1)
+    return system({"linear": net}, CLASSES), pixels, labels, net
+
+
+def optimum(net: Linear, pixels: Tensor, y: Tensor) -> Tensor:
+    """max over j != y of margin_j + eps * |w_j - w_y|_1: what the best perturbation of a linear model reaches."""
+    w = net.weights.detach()
+    gain = EPSILON * (w.T[None] - w.T[y][:, None]).abs().sum(dim=2)  # (n, k), 0 for y itself
+    return margin(net(pixels).detach() + gain, y)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(partial(whole_system, steps=40, restarts=2, until_fooled=False), id="margin-PGD on the system"),
+        pytest.param(partial(reweighed, steps=40, restarts=1), id="reweighed voters"),
+        pytest.param(partial(surrogate, rule=RuleName.LOG_POOL, steps=40, restarts=1), id="the logits' surrogate"),
+        pytest.param(partial(surrogate, rule=RuleName.SOFT, steps=40, restarts=1), id="the probabilities' surrogate"),
+    ],
+)
+def test_an_attack_reaches_the_known_optimum_of_a_linear_system(attack: Attack) -> None:
+    toy, pixels, y, net = linear_system()
+    best = optimum(net, pixels, y)
+    held = best < 0  # no perturbation fools these, so that nothing stops an attack early
+    assert 5 < int(held.sum()) < 35
+
+    found = attack(problem(toy, pixels[held], y[held]))
+
+    assert float((found - pixels[held]).abs().max()) <= EPSILON + 1e-4
+    clean = margin(net(pixels[held]), y[held]).detach()
+    assert torch.allclose(margin(net(found), y[held]) - clean, best[held] - clean, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("attack", "at_least"),
+    [
+        pytest.param(partial(whole_system, steps=40, restarts=2), 0.9, id="margin-PGD on the system"),
+        pytest.param(partial(apgd_ce, iterations=50, restarts=2), 0.9, id="Auto-PGD on cross-entropy"),
+        pytest.param(partial(apgd_targeted, iterations=50, targets=4), 0.9, id="targeted Auto-PGD"),
+        pytest.param(partial(fab_targeted, iterations=50, targets=4), 0.9, id="targeted FAB"),
+        pytest.param(partial(reweighed, steps=40, restarts=1), 0.9, id="reweighed voters"),
+        pytest.param(partial(square, queries=1000), 0.6, id="Square, which has no gradient"),
+    ],
+)
+def test_an_attack_fools_most_that_can_be_fooled_and_nothing_else(attack: Attack, at_least: float) -> None:
+    toy, pixels, y, net = linear_system()
+    best = optimum(net, pixels, y)
+
+    found = attack(problem(toy, pixels, y))
+
+    fooled = net(found).argmax(dim=1) != y
+    assert not bool(fooled[best < 0].any())
+    assert float(fooled[best > 0].float().mean()) >= at_least
+
+
+def test_a_masked_gradient_is_unmasked_by_the_suite() -> None:
+    """Rounding leaves no gradient: PGD alone would call the network robust."""
+    net = Masked(weights(0, CLASSES), torch.zeros(CLASSES))
+    pixels = images(40)
+    y = net(pixels).argmax(dim=1)
+    toy = problem(system({"masked": net}, CLASSES), pixels, y)
+    entries = {entry.name: entry for entry in suite("quick").entries if entry.applies(toy.system) and entry.counts}
+
+    def left(names: list[str]) -> float:
+        return float(torch.stack([net(entries[name].attack(toy)).argmax(dim=1) == y for name in names]).all(dim=0).float().mean())
+
+    assert left(["margin-pgd"]) > 0.9  # its random restarts find little
+    assert left(["square"]) < left(["margin-pgd"])  # which the report's sanity check shouts about
+    assert left(list(entries)) < left(["margin-pgd"]) - 0.2
+
+
+def disagreeing() -> tuple[System, Tensor, Tensor]:
+    """A fragile voter and a firm one, of which the fragile one decides; their disagreement is a detector."""
+    base, more = (w - w.mean(dim=0) for w in (weights(0, 2, 0.01), weights(5, 2, 0.03)))
+    fragile, firm = Linear(base + more, torch.zeros(2)), Linear(base, torch.zeros(2))
+    pixels = images(400, seed=7)
+    agree = (fragile(pixels).argmax(1) == firm(pixels).argmax(1)).nonzero().squeeze(1)
+    calibration, attacked = pixels[agree[:-30]], pixels[agree[-30:]]
+    toy = system({"fragile": fragile, "firm": firm}, 2, clean=calibration)
+    return toy, attacked, firm(attacked).argmax(1)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(partial(joint, steps=40, weights=(0.3, 1.0, 3.0)), id="the joint objective"),
+        pytest.param(partial(orthogonal, steps=80), id="Orthogonal PGD"),
+    ],
+)
+def test_an_attack_on_rule_and_detector_gets_past_both_more_often_than_one_on_the_rule(attack: Attack) -> None:
+    toy, pixels, y = disagreeing()
+
+    def past(found: Tensor) -> float:
+        judged = toy.judge(found)
+        return float(((judged.label != y) & (judged.p_value > toy.ensemble.review_rate)).float().mean())
+
+    plain = past(whole_system(problem(toy, pixels, y, 8.0), steps=40, restarts=1, until_fooled=False))
+    knowing = past(attack(problem(toy, pixels, y, 8.0)))
+    assert knowing >= plain + 0.2
+
+
+def test_the_differentiable_statistic_is_the_deployed_one_where_it_matters() -> None:
+    toy, pixels, _ = disagreeing()
+    _, statistic, judged = toy.evidence(pixels)
+    accepted = judged.p_value > toy.ensemble.review_rate
+    clear = (statistic - toy.review_threshold).abs() > 0.05
+    assert bool(((statistic <= toy.review_threshold) == accepted)[clear].all())
+    assert int(clear.sum()) >= 20
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "counted"),
+    [
+        pytest.param(lambda x: x.sqrt() * torch.where(x > -1, 0.0, 1.0), "losses", id="a NaN in the answer"),
+        pytest.param(lambda x: (x - x.detach()).sqrt() + x, "gradients", id="an infinite gradient behind a finite answer"),
+    ],
+)
+def test_what_is_not_finite_is_counted_and_not_taken_for_robust(spoiled: Callable[[Tensor], Tensor], counted: str) -> None:
+    findings = Findings()
+    forward = findings.watched(lambda pixels: spoiled(pixels.flatten(1)[:, :CLASSES]))
+    x = (-images(3) if counted == "losses" else images(3)).requires_grad_()
+    forward(x).sum().backward()
+    assert getattr(findings, counted) == 3
+
+
+def test_noise_stays_in_the_ball_and_keeps_the_worst() -> None:
+    toy, pixels, y, net = linear_system()
+    few, many = (random_noise(problem(toy, pixels, y), draws) for draws in (1, 30))
+    assert float((many - pixels).abs().max()) <= EPSILON + 1e-4
+    assert bool((margin(net(many), y) >= margin(net(few), y)).all())
+
+
+def test_the_same_problem_is_attacked_the_same_way_twice_and_leaves_the_global_generator_alone() -> None:
+    toy, pixels, y, _ = linear_system()
+    attacks: list[Callable[[Problem], Tensor]] = [partial(square, queries=50), partial(apgd_ce, iterations=5, restarts=2)]
+    before = torch.random.get_rng_state()
+    for attack in attacks:
+        first, second = (attack(problem(toy, pixels, y)) for _ in range(2))
+        assert torch.equal(first, second)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,10 @@
+"""Attacks. Pixels are float (n, h, w, c) in 0..255, perturbations l-infinity and in pixel units.
+
+pgd.py         what training and calibration use: PGD on one function of pixels
+problem.py     what an attack of the instrument is given
+rule.py        on the rule: the system itself, what stands in for it, its voters reweighed
+detectors.py   on rule and detectors together: wrong *and* accepted
+edges.py       other gradients through binary edges
+libraries.py   AutoAttack's four, and Sabour's feature adversary
+noise.py       no gradient at all
+"""

@@ -1,0 +1,85 @@
+"""Attacks that libraries have: AutoAttack's four (pyautoattack), Sabour's feature adversary (ART).
+
+AutoAttack wants images (n, c, h, w) in 0..1 and draws from torch's global generator, which is put back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from training.attacks.pgd import project
+from training.attacks.problem import Problem
+
+LOGGER = logging.getLogger("pyautoattack")
+
+
+def apgd_ce(problem: Problem, iterations: int, restarts: int) -> Tensor:
+    """Auto-PGD on cross-entropy (Croce & Hein 2020)."""
+    settings = _settings(problem) | {"loss": "ce", "logger": LOGGER}
+    attack = APGDAttack(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
+    return _run(problem, attack)
+
+
+def apgd_targeted(problem: Problem, iterations: int, targets: int, restarts: int = 1) -> Tensor:
+    """Auto-PGD on the targeted difference of logits ratio, towards the `targets` most likely wrong classes."""
+    targets, k = min(targets, problem.system.ensemble.classes - 1), problem.system.ensemble.classes
+    if k < 4:  # the ratio's denominator needs a fourth class
+        return apgd_ce(problem, iterations, restarts)
+    settings = _settings(problem) | {"n_target_classes": targets, "logger": LOGGER}
+    attack = APGDAttack_targeted(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
+    return _run(problem, attack)
+
+
+def fab_targeted(problem: Problem, iterations: int, targets: int, restarts: int = 1) -> Tensor:
+    """The targeted Fast Adaptive Boundary attack, which looks for the nearest boundary (Croce & Hein 2020b)."""
+    targets = min(targets, problem.system.ensemble.classes - 1)
+    settings = _settings(problem) | {"n_target_classes": targets, "targeted": True}
+    attack = FABAttack_PT(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
+    return _run(problem, attack)
+
+
+def square(problem: Problem, queries: int) -> Tensor:
+    """Square (Andriushchenko et al. 2020): scores only, no gradient."""
+    attack = SquareAttack(_channels_first(problem), n_queries=queries, n_restarts=1, **_settings(problem))
+    return _run(problem, attack)
+
+
+def _settings(problem: Problem) -> dict[str, Any]:
+    return {
+        "norm": "Linf", "eps": problem.epsilon / 255, "seed": problem.seed % 2**31, "verbose": False,
+        "device": problem.pixels.device,
+    }  # fmt: skip
+
+
+def _channels_first(problem: Problem) -> nn.Module:
+    logits = problem.logits()
+
+    class ChannelsFirst(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return logits(255 * x.permute(0, 2, 3, 1))
+
+    return ChannelsFirst().eval()
+
+
+def _run(problem: Problem, attack) -> Tensor:  # type: ignore[no-untyped-def]
+    """Images that are wrong as they are stay so; for the others, what the attack returns, inside the ball to the last bit."""
+    with _own_random_state(), contextlib.redirect_stdout(io.StringIO()):
+        found = attack.perturb(problem.pixels.permute(0, 3, 1, 2).contiguous() / 255, problem.labels)
+    found = found[0] if isinstance(found, tuple) else found
+    return project(255 * found.detach().permute(0, 2, 3, 1), problem.pixels, problem.epsilon)
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
