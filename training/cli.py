@@ -1,4 +1,4 @@
-"""`phalanx-train`: from a data set to a bundle."""
+"""`phalanx-train`: from a data set to a bundle, and from a bundle to what it withstands."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from training.refused import TrainingRefused
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; an error of the caller's is one sentence on stderr and exit code 2."""
     try:
-        from training import build, evaluate, export, train
+        from training import build, export, train
+        from training.evaluation import ablate, attack, evaluate, report
     except ModuleNotFoundError as error:
         sys.exit(f"phalanx-train: {error}; it needs the extra `train`: pip install 'phalanx-ensemble[train]'")
     modules = {"build": build, "train": train, "export": export, "evaluate": evaluate}
+    modules |= {"attack": attack, "ablate": ablate, "report": report}
     parser = argparse.ArgumentParser(prog="phalanx-train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     runners: dict[str, Callable[[argparse.Namespace], int]] = {}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +17,8 @@ from service.graph import build_graph
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from tests.service.serving import serving
+from tests.training.commands import phalanx_train
 from training.system import Members, load_networks
-
-ROOT = Path(__file__).parents[2]
-
-
-def phalanx_train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "training.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle that one command makes of the smoke recipe."""
-    folder = tmp_path_factory.mktemp("smoke")
-    ended = phalanx_train("build", "smoke", "--runs", str(folder / "runs"), "-o", str(folder / "bundle"), "--jobs", "2")
-    assert ended.returncode == 0, ended.stderr
-    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +90,9 @@ def test_weights_that_are_not_those_of_the_graph_are_refused(built: Path, tmp_pa
 
 
 def test_evaluate_prints_every_system_with_its_n(built: Path) -> None:
-    ended = phalanx_train("evaluate", str(built), "--images", "8", "--steps", "2", "--restarts", "1", "--frontier", "4")
+    ended = phalanx_train("evaluate", str(built), "--steps", "2", "--restarts", "1", "--frontier", "4")
     assert ended.returncode == 0, ended.stderr
-    assert "no rejection (n = 8)" in ended.stdout
+    assert "margin-PGD-2, 1 starts, n = 4" in ended.stdout
     for system in ("adversarial", "bayesian", "edge", "metric", "full"):
         assert ended.stdout.count(f"\n  {system} ") >= 1
     assert "mixed rule over alpha" in ended.stdout

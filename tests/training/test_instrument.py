@@ -1,0 +1,173 @@
+"""attack, ablate and report on a real bundle: in shards, after a kill, and against what must be refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import read_bundle
+from models.card import CARD_FILE, Card, read_card
+from models.composition import EnsembleChoice, compose
+from models.ensemble import decide
+from tests.training.commands import phalanx_train
+from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
+from training.evaluation.evaluate import splits_of
+from training.evaluation.report import finished
+from training.evaluation.scores import ledger
+from training.evaluation.suites import suite
+from training.system import Members, load_networks
+
+SMOKE = ("--suite", "smoke", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A campaign of the ablation, done in two shards, of which the first is told that the other is missing."""
+    folder = tmp_path_factory.mktemp("campaign")
+    first = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder), "--shard", "1/2")
+    assert first.returncode == 0, first.stderr
+    assert "the other shards have the rest" in first.stderr
+    second = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder), "--shard", "2/2")
+    assert second.returncode == 0, second.stderr
+    assert "adversarial+bayesian+edge" in second.stdout
+    assert "fewer safeguards than a published figure" in second.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def campaign(built: Path, folder: Path) -> Campaign:
+    bundle = read_bundle(built)
+    return Campaign(folder, bundle, splits_of(bundle, None), suite("smoke"), 8, 0, torch.device("cpu"))
+
+
+def test_what_is_done_is_not_done_again_and_what_a_kill_took_is(built: Path, folder: Path) -> None:
+    units = sorted(folder.glob("units/*/*/*.safetensors"))
+    lost = units[len(units) // 2]
+    kept = {path: path.stat().st_mtime_ns for path in units if path != lost}
+    before = lost.read_bytes()
+    lost.unlink()
+
+    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(folder))
+    assert ended.returncode == 0, ended.stderr
+    ended = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder))
+    assert ended.returncode == 0, ended.stderr
+
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(lost.read_bytes()) == len(before)  # the same work; its record of seconds may differ
+
+
+def test_every_adversarial_image_lies_in_the_ball_and_is_what_the_members_answered_to(campaign: Campaign) -> None:
+    members = Members(load_networks(campaign.bundle, torch.device("cpu")), campaign.bundle.manifest.masks.seed)
+    full = compose(campaign.bundle, EnsembleChoice("full"))
+    for unit in finished(campaign)[::7]:
+        clean = campaign.images.pixels[unit.start : unit.stop].astype(np.float32)
+        for version in (FLOAT, ROUNDED):
+            pixels = campaign.adversarial(unit, version)
+            assert np.abs(pixels.astype(np.float32) - clean).max() <= campaign.epsilon * unit.entry.epsilon_factor
+            with torch.inference_mode():
+                again = decide(full, members.outputs(full.members, torch.from_numpy(pixels)))
+            kept = decide(full, campaign.found(unit).outputs[version])
+            assert np.array_equal(again.label.numpy(), kept.label)
+            assert np.allclose(again.probabilities.numpy(), kept.probabilities, atol=1e-5)
+
+
+def test_a_system_is_judged_on_what_was_made_against_the_others_too(campaign: Campaign) -> None:
+    units = finished(campaign)
+    found = ledger(campaign, compose(campaign.bundle, EnsembleChoice("full")), units)
+    assert {"full", "adversarial", "edge", "metric", "bayesian"} <= {row.against for row in found.rows}
+    assert not any(row.counts for row in found.rows if row.against == "naive-soft-vote")
+    counted = found.where(lambda row: row.counts)
+    assert bool((counted.robust <= counted.where(lambda row: row.against == "full").robust).all())
+
+
+@pytest.fixture(scope="module")
+def reported(built: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle that was given its card."""
+    copy = tmp_path_factory.mktemp("with-card") / "bundle"
+    shutil.copytree(built, copy)
+    page = copy.parent / "report.html"
+    ended = phalanx_train("report", str(copy), *SMOKE, "--out", str(folder), "--html", str(page), "--embed")
+    assert ended.returncode == 0, ended.stderr
+    assert "Robustness" in page.read_text(encoding="utf-8")
+    return copy
+
+
+def test_the_card_goes_into_the_bundle_and_says_what_it_lacks(built: Path, reported: Path, folder: Path) -> None:
+    before, after = read_bundle(built).manifest, read_bundle(reported)
+    assert after.manifest.version != before.version
+    assert after.manifest.subject == before.subject
+    card = read_card(after.manifest, dict(after.documents))
+    assert card == Card.model_validate_json((folder / CARD_FILE).read_bytes())
+    assert card is not None
+    assert card.headline.ensemble == "full"
+    assert not card.headline.publishable
+    assert any("standard suite" in lack for lack in card.missing)
+    assert [system.name for system in card.systems] == ["adversarial", "bayesian", "edge", "metric", "full"]
+    assert card.ablation is not None
+    assert len(card.ablation.subsets) == 15
+    for figure in ("clean", "robust", "rejecting_5"):  # Shapley values share out what all members together have
+        whole = next(subset for subset in card.ablation.subsets if len(subset.members) == 4)
+        total = sum(w.shapley.value for w in card.ablation.worths if (w.figure, w.attacker) == (figure, "adaptive"))
+        if figure != "clean":  # the subset's clean accuracy is of the whole test split
+            assert total == pytest.approx(getattr(whole, figure).value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        pytest.param(("--images", "4"), "holds another campaign: expected n 4, got 8", id="other images in a folder in use"),
+        pytest.param(("--seed", "1"), "holds another campaign: expected seed 1, got 0", id="another seed in a folder in use"),
+        pytest.param(("--systems", "everything"), "no system everything; there are adversarial", id="a system misspelt"),
+        pytest.param(("--shard", "3/2"), "expected I/N with 1 <= I <= N", id="a share that is none"),
+        pytest.param(("--jobs", "0"), "--jobs: expected 1 or more, got 0", id="no process at all"),
+    ],
+)
+def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, arguments: tuple[str, ...], says: str) -> None:
+    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(folder), *arguments)
+    assert ended.returncode != 0
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_unknown_suite_names_those_there_are(built: Path) -> None:
+    ended = phalanx_train("attack", str(built), "--suite", "brutal")
+    assert ended.returncode == 2
+    assert "invalid choice: 'brutal'" in ended.stderr
+    assert "standard" in ended.stderr
+
+
+def test_weights_that_are_not_those_of_the_graph_are_not_attacked(built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(built, copy)
+    (copy / "edge.safetensors").write_bytes((copy / "metric.safetensors").read_bytes())
+    ended = phalanx_train("attack", str(copy), *SMOKE, "--out", str(tmp_path / "out"))
+    assert ended.returncode == 2
+    assert "edge.safetensors: expected SHA-256" in ended.stderr
+
+
+def test_a_report_of_half_a_campaign_says_what_is_missing(built: Path, tmp_path: Path) -> None:
+    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(tmp_path), "--systems", "metric")
+    assert ended.returncode == 0, ended.stderr
+    ended = phalanx_train("report", str(built), *SMOKE, "--out", str(tmp_path))
+    assert ended.returncode == 2
+    assert "phalanx-train attack done, got" in ended.stderr
+
+
+def test_a_damaged_unit_is_named(built: Path, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "campaign"
+    shutil.copytree(folder, copy)
+    unit = copy / "units" / "full" / "margin-pgd" / "00000.safetensors"
+    unit.write_bytes(unit.read_bytes()[:100])
+    ended = phalanx_train("report", str(built), *SMOKE, "--out", str(copy))
+    assert ended.returncode == 2
+    assert "margin-pgd/00000.safetensors: expected a unit of this campaign" in ended.stderr
+
+
+def test_a_campaign_says_what_it_is_about(folder: Path) -> None:
+    said = json.loads((folder / "campaign.json").read_text(encoding="utf-8"))
+    assert (said["n"], said["suite"], said["seed"]) == (8, "smoke", 0)

@@ -1,0 +1,20 @@
+"""`phalanx-train ablate`: attack every subset of the members afresh, and say what each member adds."""
+
+from __future__ import annotations
+
+import argparse
+
+from training.evaluation import attack
+from training.evaluation.subjects import canonical, controls
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `phalanx-train attack`, but for the choice of systems; the same folder is gone on with."""
+    attack.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Attack every subset, then print the figures; `phalanx-train report` has Shapley values and heat maps."""
+    campaign = attack.open_campaign(args)
+    manifest = campaign.bundle.manifest
+    return attack.work(args, campaign, [*canonical(manifest), *controls(manifest)])

@@ -1,0 +1,227 @@
+"""A campaign: a bundle's systems under a suite of attacks, cut into units of work that are done once and kept.
+
+One folder holds one campaign. A unit is one attack on one system over a few images; its file holds the adversarial
+images and what every member of the bundle answers to them, so that every figure, of every system, can be computed
+again, and every system is also judged on what was made against the others. A killed run goes on at the next unit;
+several processes, or machines that share the folder (or have theirs copied together), take a shard of the units each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from models.bundle import Bundle
+from models.composition import compose
+from training.attacks.pgd import to_uint8
+from training.attacks.problem import Findings, Problem
+from training.data import Images, Splits
+from training.evaluation.subjects import Subject, canonical
+from training.evaluation.suites import CONTROL, Entry, Suite
+from training.refused import TrainingRefused
+from training.system import Members, System, load_networks
+
+UNIT = 50  # images
+ROUNDED, FLOAT = "uint8", "float"  # the versions of an adversarial image: whole pixels, as served, and as the attack left it
+Outputs = dict[str, NDArray[np.float32]]
+"""Member name -> logits (n, k), or (T, n, k) of a stochastic member."""
+
+
+class CampaignRefused(TrainingRefused):
+    """A folder that holds another campaign, or a unit that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One attack on one system over the images `start` to `stop` of the campaign's."""
+
+    subject: Subject
+    entry: Entry
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.subject.name}/{self.entry.name}/{self.start:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a unit kept of its images: the outputs on each version, and what was odd."""
+
+    start: int
+    stop: int
+    outputs: Mapping[str, Outputs]  # version -> member -> logits
+    losses: int
+    gradients: int
+    seconds: float
+
+
+class Campaign:
+    """A folder of units, tied to one bundle, one choice of images, one suite and one seed."""
+
+    def __init__(
+        self, folder: Path, bundle: Bundle, splits: Splits, suite: Suite, images: int, seed: int, device: torch.device
+    ) -> None:
+        self.folder, self.bundle, self.suite, self.seed, self.splits = folder, bundle, suite, seed, splits
+        self.epsilon = bundle.manifest.provenance.epsilon
+        self.members = Members(load_networks(bundle, device), bundle.manifest.masks.seed)
+        self.index = np.random.default_rng(seed).permutation(len(splits.test))[:images]
+        self.images = splits.test.take(self.index)
+        self._systems: dict[str, System] = {}
+        self._claim()
+
+    def system(self, subject: Subject) -> System:
+        """A subject's ensemble over this bundle's members."""
+        if subject.name not in self._systems:
+            self._systems[subject.name] = System(compose(self.bundle, subject.choice), self.members)
+        return self._systems[subject.name]
+
+    def units(self, subjects: Sequence[Subject]) -> Iterator[Unit]:
+        """All work on these subjects, in order, each piece once; a shard takes every n-th."""
+        seen = set[str]()
+        for subject in subjects:
+            for entry in self.suite.entries:
+                if not self._tries(entry, subject):
+                    continue
+                owner, stop = self.owner(subject, entry), min(len(self.images), entry.images or len(self.images))
+                for start in range(0, stop, UNIT):
+                    unit = Unit(owner, entry, start, min(start + UNIT, stop))
+                    if unit.file not in seen:
+                        seen.add(unit.file)
+                        yield unit
+
+    def owner(self, subject: Subject, entry: Entry) -> Subject:
+        """The first system for which this attack is the very same work: a voter without a share changes nothing."""
+        key = entry.identity(self.system(subject))
+        others = (other for other in canonical(self.bundle.manifest) if entry.applies(self.system(other)))
+        return next((other for other in others if entry.identity(self.system(other)) == key), subject)
+
+    def _tries(self, entry: Entry, subject: Subject) -> bool:
+        system = self.system(subject)
+        if subject.control:
+            return entry.name == CONTROL
+        whole = len(system.ensemble.members) == len(self.members.networks)
+        return entry.applies(system) and (whole or not entry.sanity)
+
+    def done(self, unit: Unit) -> bool:
+        return (self._units / unit.file).is_file()
+
+    def attack(self, unit: Unit) -> None:
+        """Do one unit of work and keep it."""
+        started, device = time.monotonic(), self.members.device
+        clean = torch.from_numpy(self.images.pixels[unit.start : unit.stop]).to(device).float()
+        y = torch.from_numpy(self.images.labels[unit.start : unit.stop]).to(device)
+        findings = Findings()
+        # The draws depend on the attack and the images, not on the system: what is compared was attacked alike.
+        seed = zlib.crc32(f"{self.seed}/{unit.entry.name}/{unit.start}".encode())
+        epsilon = self.epsilon * unit.entry.epsilon_factor
+        found = unit.entry.attack(Problem(self.system(unit.subject), clean, y, epsilon, seed, findings))
+        delta = (found - clean).half()  # what is judged is what is kept
+        versions = {FLOAT: _restored(clean, delta), ROUNDED: to_uint8(_restored(clean, delta), clean)}
+        tensors = {"delta": delta.cpu().contiguous()}
+        for version, pixels in versions.items():
+            tensors |= {f"{version}.{name}": output for name, output in self.outputs(pixels).items()}
+        record = {"losses": findings.losses, "gradients": findings.gradients, "seconds": round(time.monotonic() - started, 2)}
+        write_whole(self._units / unit.file, save(tensors, {"found": json.dumps(record)}))
+
+    def outputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Every member's output on pixels (n, h, w, c), on the CPU."""
+        with torch.inference_mode():
+            found = self.members.outputs(self.members.networks, pixels)
+        return {name: output.float().cpu().contiguous() for name, output in found.items()}
+
+    def found(self, unit: Unit) -> Found:
+        """What a unit that is done has kept, but for the images."""
+        with self._open(unit) as file:
+            outputs = {
+                version: {name: file.get_tensor(f"{version}.{name}") for name in self.members.networks}
+                for version in (FLOAT, ROUNDED)
+            }
+            return Found(unit.start, unit.stop, outputs, **json.loads(file.metadata()["found"]))
+
+    def adversarial(self, unit: Unit, version: str) -> NDArray[Any]:
+        """The adversarial pixels (n, h, w, c) of a unit that is done: float32, or uint8 as they are served."""
+        clean = torch.from_numpy(self.images.pixels[unit.start : unit.stop]).float()
+        with self._open(unit) as file:
+            found = _restored(clean, torch.from_numpy(file.get_tensor("delta")))
+        return (found if version == FLOAT else to_uint8(found, clean)).numpy()
+
+    def clean(self, split: str) -> tuple[Outputs, NDArray[np.int64]]:
+        """Every member's outputs on a whole clean split, `test` or `calibration`, with its labels; kept, like a unit."""
+        images: Images = getattr(self.splits, split)
+        path = self.folder / f"clean-{split}.safetensors"
+        if not path.is_file():
+            parts = [self.outputs(torch.from_numpy(images.pixels[i : i + 256])) for i in range(0, len(images), 256)]
+            whole = {name: torch.cat([part[name] for part in parts], dim=parts[0][name].ndim - 2) for name in self.members.networks}
+            write_whole(path, save(whole))
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in self.members.networks}, images.labels
+
+    @property
+    def _units(self) -> Path:
+        return self.folder / "units"
+
+    def _open(self, unit: Unit) -> Any:
+        path = self._units / unit.file
+        try:
+            return safe_open(path, "np")
+        except (OSError, SafetensorError) as error:
+            raise CampaignRefused(
+                f"{path}: expected a unit of this campaign, got {error}; delete it, and it is done again"
+            ) from error
+
+    def _claim(self) -> None:
+        """Say whose folder this is; refuse one that is another campaign's."""
+        manifest = self.bundle.manifest
+        identity = {
+            "bundle": f"{manifest.name} {manifest.subject}",
+            "data": self.splits.fingerprint,
+            "n": len(self.index),
+            "epsilon": self.epsilon,
+            "suite": self.suite.name,
+            "seed": self.seed,
+            "images": hashlib.sha256(self.index.tobytes()).hexdigest(),
+        }
+        path = self.folder / "campaign.json"
+        if path.is_file():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if differing := [key for key in identity if identity[key] != there.get(key)]:
+                key = differing[0]
+                came = f"expected {key} {identity[key]}, got {there.get(key)}"
+                raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another --out")
+            return
+        write_whole(path, json.dumps(identity, indent=1).encode())
+
+
+def _restored(clean: Tensor, delta: Tensor) -> Tensor:
+    return (clean + delta.float()).clamp(0, 255)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all, among processes that may write the same thing at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,423 @@
+"""From a campaign to the robustness card: every figure computed anew from what the campaign kept."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import combinations, pairwise
+from math import comb
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.card import (
+    Ablation,
+    AttackRow,
+    Card,
+    Check,
+    Comparison,
+    CurvePoint,
+    Deployment,
+    Estimate,
+    Headline,
+    Matrix,
+    Oblivious,
+    Orthogonality,
+    Query,
+    RocCurve,
+    SubsetCard,
+    SystemCard,
+    Worth,
+)
+from models.ensemble import Ensemble
+from training.attacks.pgd import margin
+from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Unit
+from training.evaluation.scores import Bools, Ledger, answer, ledger, mcnemar, share
+from training.evaluation.subjects import NAIVE, Subject, every_subset, full_and_members, undefended
+from training.evaluation.suites import CONTROL
+from training.export import commit
+
+REVIEW, REJECT = 0.05, 0.01  # the clean rejection rates that figures are given at
+CHANCE = 1.5  # robust accuracy below this many times 1/k counts as chance
+CONTROL_FALLS = 0.01  # what may be left of an undefended member
+NAIVE_FALLS = 0.10  # and of a naive soft vote
+SAME = 0.01  # figures this close agree: more steps, more starts
+GRADIENT_IMAGES = 200
+BOOTSTRAPS = 2000
+
+THREAT_MODEL = (
+    "The attacker perturbs an image by at most epsilon in every channel of every pixel (l-infinity) and wants a wrong class, or a "
+    "wrong class that the ensemble accepts. Adaptive: knows weights, rule, temperatures, thresholds, calibration tables and the "
+    "dropout masks. Oblivious: attacks one member alone and shows the ensemble what was found. Query: has nothing but the running "
+    "server's public answers."
+)
+
+
+def build(
+    campaign: Campaign,
+    units: Sequence[Unit],
+    commands: Sequence[str],
+    queries: Sequence[Query] = (),
+    deployment: Deployment | None = None,
+) -> Card:
+    """The card of `full` and its members; with an ablation if every subset's units are among these."""
+    manifest = campaign.bundle.manifest
+    mains = full_and_members(manifest)
+    ledgers = {subject.name: ledger(campaign, campaign.system(subject).ensemble, units) for subject in mains}
+    counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
+    systems = tuple(_system(campaign, subject, ledgers[subject.name], counted[subject.name]) for subject in mains)
+    main = mains[-1].name
+    subsets = every_subset(manifest)
+    attacked = {unit.subject.name for unit in units}
+    ablated = len(subsets) > 1 and all(subject.name in attacked for subject in subsets)
+    comparisons = _comparisons(campaign, mains, counted)
+    card = systems[-1]
+    return Card(
+        bundle=f"{manifest.name} {manifest.version}",
+        subject=manifest.subject,
+        threat_model=THREAT_MODEL,
+        data=f"{manifest.provenance.data_name}, test split",
+        epsilon=campaign.epsilon,
+        n=len(campaign.images),
+        seed=campaign.seed,
+        suite=campaign.suite.name,
+        missing=tuple(_missing(campaign, ablated, queries, deployment)),
+        commit=commit(),
+        libraries={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        commands=tuple(commands),
+        headline=Headline(
+            ensemble=main,
+            epsilon=campaign.epsilon,
+            clean=card.clean,
+            robust=card.robust,
+            rejecting_5=card.rejecting_5,
+            suite=campaign.suite.name,
+            publishable=campaign.suite.publishable and len(campaign.images) >= 1000,
+            conjecture=_conjecture(comparisons),
+        ),
+        systems=systems,
+        comparisons=tuple(comparisons),
+        checks=tuple(_checks(campaign, ledgers, counted, units)),
+        oblivious=tuple(_oblivious(counted[main], manifest.classifiers)),
+        ablation=_ablation(campaign, subsets, units) if ablated else None,
+        orthogonality=_orthogonality(campaign, mains, counted) if len(mains) > 1 else None,
+        queries=tuple(queries),
+        deployment=deployment,
+    )
+
+
+LIBRARIES = ("torch", "numpy", "pyautoattack", "foolbox", "adversarial-robustness-toolbox")
+
+
+def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger) -> SystemCard:
+    ensemble = campaign.system(subject).ensemble
+    test_label, test_p = answer(ensemble, campaign.clean("test")[0])
+    screened = bool(ensemble.detectors)
+    tau = _tau(campaign, ensemble)
+    return SystemCard(
+        name=subject.name,
+        members=tuple(voter.name for voter in ensemble.voters),
+        rule=str(ensemble.rule),
+        detectors=tuple(str(detector.name) for detector in ensemble.detectors),
+        clean=share(test_label == campaign.splits.test.labels),
+        clean_rejected_5=share(test_p <= REVIEW) if screened else None,
+        clean_rejected_1=share(test_p <= REJECT) if screened else None,
+        robust=share(counted.robust),
+        robust_float=share(counted.where(lambda row: row.version == FLOAT).robust),
+        robust_uint8=share(counted.where(lambda row: row.version == ROUNDED).robust),
+        rejecting_5=share(counted.robust_at(REVIEW)),
+        rejecting_1=share(counted.robust_at(REJECT)),
+        robust_error=counted.robust_error(tau),
+        tau=tau,
+        attacks=tuple(_attacks(counted)),
+        curve=tuple(_curve(campaign, subject, whole)),
+        roc=tuple(_roc(campaign, subject, counted)),
+    )
+
+
+def _tau(campaign: Campaign, ensemble: Ensemble) -> float:
+    """The p-value that 99% of the rightly classified calibration images reach; 0 where nothing is ever rejected."""
+    if not ensemble.detectors:
+        return 0.0
+    outputs, labels = campaign.clean("calibration")
+    label, p = answer(ensemble, outputs)
+    return float(np.quantile(p[label == labels], 0.01, method="lower"))
+
+
+def _attacks(counted: Ledger) -> list[AttackRow]:
+    """Each attack alone, on the images it was tried on; both versions of its pixels count."""
+    found = []
+    for against, entry in dict.fromkeys((row.against, row.entry) for row in counted.rows):
+        alone = counted.where(lambda row, a=against, e=entry: (row.against, row.entry) == (a, e))  # type: ignore[misc]
+        tried = alone.tried[0]
+        robust, rejecting = share(alone.robust[tried]), share(alone.robust_at(REVIEW)[tried])
+        found.append(AttackRow(name=entry, against=against, access=alone.rows[0].access, robust=robust, rejecting=rejecting))
+    return found
+
+
+def _curve(campaign: Campaign, subject: Subject, whole: Ledger) -> list[CurvePoint]:
+    """Robust accuracy over multiples of epsilon, one attack, all on the same images."""
+    points = [entry for entry in campaign.suite.entries if not entry.counts]
+    made = {entry.epsilon_factor: _made(campaign, subject, whole, entry.name) for entry in points}
+    if not any(attacked.rows for attacked in made.values()):
+        return []
+    n = int(made[points[0].epsilon_factor].tried[0].sum())
+    made |= {0.0: whole.where(lambda _: False), 1.0: _made(campaign, subject, whole, CONTROL)}
+    return [CurvePoint(factor=factor, robust=share(made[factor].first(n).robust)) for factor in sorted(made)]
+
+
+def _made(campaign: Campaign, subject: Subject, whole: Ledger, entry: str) -> Ledger:
+    """What one attack of the suite made against one system, or against another for which it is the same work."""
+    named = next(e for e in campaign.suite.entries if e.name == entry)
+    owner = campaign.owner(subject, named).name
+    return whole.where(lambda row: (row.against, row.entry) == (owner, entry))
+
+
+def _roc(campaign: Campaign, subject: Subject, counted: Ledger) -> list[RocCurve]:
+    """Detectors on clean test images against the images of margin-PGD on this system that fool it, and of the joint attack."""
+    ensemble = campaign.system(subject).ensemble
+    if not ensemble.detectors:
+        return []
+    _, clean_p = answer(ensemble, campaign.clean("test")[0])
+    curves = []
+    for entry in (CONTROL, "joint"):
+        maker = campaign.owner(subject, next(e for e in campaign.suite.entries if e.name == entry)).name
+        chosen = [i for i, row in enumerate(counted.rows) if (row.against, row.entry, row.version) == (maker, entry, ROUNDED)]
+        fooled = (counted.label[chosen] != counted.labels) & counted.tried[chosen] if chosen else np.zeros((0, 1), bool)
+        if fooled.any():
+            curves.append(_roc_curve(f"combined, under {entry}", clean_p, counted.p[chosen][fooled]))
+    return curves
+
+
+def _roc_curve(name: str, clean: NDArray[np.float32], attacked: NDArray[np.float32]) -> RocCurve:
+    """Thresholds at 101 quantiles of the clean p-values; the area over all of them."""
+    rates = np.linspace(0, 1, 101)
+    thresholds = np.quantile(clean, rates, method="lower")
+    false = [0.0, *(float((clean <= t).mean()) for t in thresholds), 1.0]
+    true = [0.0, *(float((attacked <= t).mean()) for t in thresholds), 1.0]
+    return RocCurve(
+        detector=name,
+        false_positives=tuple(false),
+        true_positives=tuple(true),
+        area=min(1.0, float(np.trapezoid(true, false))),
+        fooling=len(attacked),
+    )
+
+
+def _comparisons(campaign: Campaign, mains: Sequence[Subject], counted: Mapping[str, Ledger]) -> list[Comparison]:
+    """`full` against every member, the most robust first."""
+    if len(mains) == 1:
+        return []
+    full = mains[-1]
+    members = sorted(mains[:-1], key=lambda subject: -counted[subject.name].robust.mean())
+    return [compare(campaign, full, other, counted) for other in members]
+
+
+def compare(campaign: Campaign, one: Subject, other: Subject, counted: Mapping[str, Ledger]) -> Comparison:
+    mine, theirs = counted[one.name].robust, counted[other.name].robust
+    won, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
+    outputs, labels = campaign.clean("test")
+    clean = [float((answer(campaign.system(s).ensemble, outputs)[0] == labels).mean()) for s in (one, other)]
+    return Comparison(
+        system=one.name, other=other.name, robust=float(mine.mean() - theirs.mean()), won=won, lost=lost,
+        p_value=mcnemar(won, lost), clean=clean[0] - clean[1],
+    )  # fmt: skip
+
+
+def _conjecture(comparisons: Sequence[Comparison]) -> str:
+    """Whether the ensemble was strictly more powerful than its best member, in one sentence."""
+    if not comparisons:
+        return "There is one classifier: nothing to compare."
+    best = comparisons[0]
+    figures = f"{100 * best.robust:+.1f} points, +{best.won}/-{best.lost} images, McNemar p = {best.p_value:.2g}"
+    if best.p_value >= 0.05:
+        said = "The conjecture did not hold against the adaptive attacker: the ensemble ties with its best member"
+    elif best.robust > 0:
+        said = "The conjecture held against the adaptive attacker: the ensemble is more robust than its best member"
+    else:
+        said = "The conjecture failed against the adaptive attacker: the ensemble is weaker than its best member"
+    return f"{said} {best.other} ({figures})."
+
+
+# Sanity checks and positive controls
+
+
+def _checks(campaign: Campaign, ledgers: Mapping[str, Ledger], counted: Mapping[str, Ledger], units: Sequence[Unit]) -> list[Check]:
+    manifest = campaign.bundle.manifest
+    main = full_and_members(manifest)[-1]
+    whole = ledgers[main.name]
+    checks = []
+    for name in undefended(manifest):
+        if name in counted:
+            left = float(counted[name].robust.mean())
+            measured = f"{left:.1%} left, at most {CONTROL_FALLS:.0%} expected"
+            checks.append(_check(f"the undefended member {name} falls", left <= CONTROL_FALLS, measured))
+    if naive := [unit for unit in units if unit.subject.name == NAIVE]:
+        left = float(ledger(campaign, campaign.system(naive[0].subject).ensemble, naive).robust.mean())
+        measured = f"{left:.1%} left, at most {NAIVE_FALLS:.0%} expected"
+        checks.append(_check("a naive soft vote of weak members falls", left <= NAIVE_FALLS, measured))
+    plain = _made(campaign, main, whole, CONTROL)
+    for entry, what in (("longer-margin-pgd", "four times the steps"), ("restarted-margin-pgd", "three times the starts")):
+        if any(e.name == entry for e in campaign.suite.entries):
+            more = _made(campaign, main, whole, entry)
+            n = int(more.tried[0].sum())
+            change = float(plain.first(n).robust.mean() - more.first(n).robust.mean())
+            measured = f"{100 * change:+.1f} points (n = {n}), 1 point expected at most"
+            checks.append(_check(f"{what} change nothing", change <= SAME, measured))
+    white = _made(campaign, main, whole, CONTROL).robust.mean()
+    for entry in ("square", "noise"):
+        black = float(_made(campaign, main, whole, entry).robust.mean())
+        checks.append(_check(f"{entry} does not beat the gradient", black >= white, f"{black:.1%} against {white:.1%} left"))
+    if curve := _curve(campaign, main, whole):
+        chance, last = CHANCE / len(manifest.classes), curve[-1].robust.value
+        measured = f"{last:.1%} left at {curve[-1].factor:g} epsilon, at most {chance:.1%} expected"
+        checks.append(_check("accuracy falls to chance as epsilon grows", last <= chance, measured))
+        falls = all(a.robust.value >= b.robust.value - SAME for a, b in pairwise(curve))
+        checks.append(_check("accuracy never rises with epsilon", falls, ", ".join(f"{point.robust.value:.1%}" for point in curve)))
+    found = [campaign.found(unit) for unit in units]
+    losses, gradients = sum(f.losses for f in found), sum(f.gradients for f in found)
+    checks.append(
+        _check(
+            "every loss and gradient is finite",
+            losses + gradients == 0,
+            f"{losses} losses and {gradients} gradients of an image were not",
+        )
+    )
+    return checks
+
+
+def _check(name: str, passed: bool, measured: str) -> Check:
+    return Check(name=name, passed=passed, measured=measured)
+
+
+def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deployment: Deployment | None) -> list[str]:
+    """What a published figure has, and this one has not."""
+    missing = []
+    if not campaign.suite.publishable:
+        missing.append(f"the standard suite (this is {campaign.suite.name}: fewer steps and starts, no FAB)")
+    if len(campaign.images) < 1000:
+        missing.append(f"1,000 images (these are {len(campaign.images)})")
+    if not ablated:
+        missing.append("an ablation of every subset")
+    if not queries:
+        missing.append("query attacks on the running server")
+    if deployment is None:
+        missing.append("the adversarial images scored by the running server")
+    missing.append("a single adversarially trained network of the ensemble's size to compare with")
+    missing.append("several training seeds")
+    return missing
+
+
+def _oblivious(full: Ledger, members: Sequence[str]) -> list[Oblivious]:
+    found = []
+    for member in members:
+        shown = full.where(lambda row, m=member: row.against == m)  # type: ignore[misc]
+        if shown.rows:
+            induced = shown.right & (shown.clean_p > REVIEW) & shown.wrong_and_accepted(REVIEW)
+            wrong = shown.wrong_and_accepted(REVIEW) | (~shown.right & (shown.clean_p > REVIEW))
+            found.append(Oblivious(member=member, wrong_and_accepted=share(wrong), induced=share(induced)))
+    return found
+
+
+# Ablation
+
+
+def _ablation(campaign: Campaign, subsets: Sequence[Subject], units: Sequence[Unit]) -> Ablation:
+    classifiers = campaign.bundle.manifest.classifiers
+    members = {subject.name: tuple(sorted(set(classifiers) - set(subject.choice.without))) for subject in subsets}
+    rows, values = [], dict[tuple[str, str, tuple[str, ...]], Bools]()
+    for subject in subsets:
+        ensemble, names = campaign.system(subject).ensemble, members[subject.name]
+        adaptive = ledger(campaign, ensemble, units).where(lambda row: row.counts)
+        oblivious = adaptive.where(lambda row: row.against in classifiers)
+        test = answer(ensemble, campaign.clean("test")[0])[0] == campaign.splits.test.labels
+        robust, rejecting = share(adaptive.robust), share(adaptive.robust_at(REVIEW))
+        rows.append(SubsetCard(members=names, clean=share(test), robust=robust, rejecting_5=rejecting))
+        for attacker, seen in (("adaptive", adaptive), ("oblivious", oblivious)):
+            for figure, right in (("clean", seen.right), ("robust", seen.robust), ("rejecting_5", seen.robust_at(REVIEW))):
+                values[attacker, figure, names] = right
+    worths = [
+        _worth(
+            member, figure, attacker, classifiers, {names: v for (a, f, names), v in values.items() if (a, f) == (attacker, figure)}
+        )
+        for attacker in ("adaptive", "oblivious")
+        for figure in ("clean", "robust", "rejecting_5")
+        for member in classifiers
+    ]
+    return Ablation(suite=campaign.suite.name, n=len(campaign.images), subsets=tuple(rows), worths=tuple(worths))
+
+
+def _worth(member: str, figure: str, attacker: str, players: Sequence[str], value: Mapping[tuple[str, ...], Bools]) -> Worth:
+    each = shapley(member, players, value)
+    rest = tuple(sorted(set(players) - {member}))
+    marginal = value[tuple(sorted(players))].astype(float) - (value[rest].astype(float) if rest else 0.0)
+    return Worth.model_validate(
+        {"member": member, "figure": figure, "attacker": attacker, "shapley": bootstrap(each), "marginal": bootstrap(marginal)}
+    )
+
+
+def shapley(member: str, players: Sequence[str], value: Mapping[tuple[str, ...], Bools]) -> NDArray[np.float64]:
+    """Each image's part in a member's Shapley value (1953), (n,): their mean is the value, for it is linear in v.
+
+    phi = sum over S without the member of |S|! (k-|S|-1)! / k! (v(S + member) - v(S)), v(nothing) = 0.
+    value: sorted members -> whether that subset is right, (n,).
+    """
+    others, k = [name for name in players if name != member], len(players)
+    total = np.zeros(len(next(iter(value.values()))))
+    for size in range(k):
+        for chosen in combinations(others, size):
+            without = value[tuple(sorted(chosen))].astype(float) if chosen else 0.0
+            total += (value[tuple(sorted((*chosen, member)))] - without) / (k * comb(k - 1, size))
+    return total
+
+
+def bootstrap(each: NDArray[np.float64]) -> Estimate:
+    """The mean of (n,) values with its 95% percentile interval over images drawn again."""
+    draws = np.random.default_rng(0).integers(0, len(each), (BOOTSTRAPS, len(each)))
+    low, high = np.quantile(each[draws].mean(axis=1), [0.025, 0.975])
+    return Estimate(value=float(each.mean()), low=float(low), high=float(high))
+
+
+# Orthogonality
+
+
+def _orthogonality(campaign: Campaign, mains: Sequence[Subject], counted: Mapping[str, Ledger]) -> Orthogonality:
+    names = tuple(subject.name for subject in mains)
+    transfer = [[_fooled(counted[judge], maker) for judge in names] for maker in names]
+    members = campaign.bundle.manifest.classifiers
+    failed = [~counted[name].robust for name in members]
+    correlation = [[_phi(a, b) for b in failed] for a in failed]
+    return Orthogonality(
+        transfer=_matrix(names, transfer, len(campaign.images)),
+        gradient_cosine=_matrix(members, _gradient_cosine(campaign, members), min(GRADIENT_IMAGES, len(campaign.images))),
+        error_correlation=_matrix(members, correlation, len(campaign.images)),
+    )
+
+
+def _matrix(names: Sequence[str], values: Sequence[Sequence[float]], n: int) -> Matrix:
+    return Matrix(names=tuple(names), values=tuple(tuple(float(v) for v in row) for row in values), n=n)
+
+
+def _fooled(judge: Ledger, maker: str) -> float:
+    """Of the images that the judge gets right, the share that is wrong under the pushed margin-PGD against `maker`."""
+    made = judge.where(lambda row: (row.against, row.entry) == (maker, "pushed-margin-pgd"))
+    return float((~made.robust)[made.right].mean()) if made.rows and made.right.any() else 0.0
+
+
+def _phi(a: Bools, b: Bools) -> float:
+    """Phi coefficient of two yes-or-no variables; 0 where one never varies."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+def _gradient_cosine(campaign: Campaign, members: Sequence[str]) -> list[list[float]]:
+    """Mean cosine of the gradients of the members' margins on the campaign's first clean images."""
+    clean = torch.from_numpy(campaign.images.pixels[:GRADIENT_IMAGES]).to(campaign.members.device).float()
+    y = torch.from_numpy(campaign.images.labels[:GRADIENT_IMAGES]).to(clean.device)
+    units = []
+    for name in members:
+        x = clean.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(margin(campaign.members.logits(name, x), y).sum(), x)
+        units.append(torch.nn.functional.normalize(gradient.flatten(1), dim=1))
+    return [[float((a * b).sum(dim=1).mean()) for b in units] for a in units]

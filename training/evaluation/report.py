@@ -1,0 +1,127 @@
+"""`phalanx-train report`: the robustness card and its report from what `attack` and `ablate` have kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import write_bundle
+from models.card import CARD_FILE, encode_card
+from models.durable import replace_file
+from models.ensemble import Decision, Ensemble, Verdict, decide
+from models.networks.edge import EdgeNetwork
+from training.evaluation import attack
+from training.evaluation.campaign import ROUNDED, Campaign, Unit
+from training.evaluation.card import build
+from training.evaluation.html import Example, Said, render
+from training.evaluation.subjects import controls, every_subset, full_and_members
+from training.refused import TrainingRefused
+
+EXAMPLES = 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that chose the campaign, and where the report goes."""
+    attack.add_arguments(parser)
+    parser.add_argument("--html", type=Path, help="where the report goes (default: report.html in the campaign's folder)")
+    parser.add_argument("--embed", action="store_true", help="put the card into the bundle, whose version changes with it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write card and report; nothing is attacked again."""
+    campaign = attack.open_campaign(args)
+    units = finished(campaign)
+    card = build(campaign, units, commands(args))
+    replace_file(campaign.folder / CARD_FILE, encode_card(card))
+    page = args.html or campaign.folder / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(page, render(card, list(examples(campaign, units))).encode())
+    print(f"{page}: report; {campaign.folder / CARD_FILE}: card")
+    if args.embed:
+        parts = campaign.bundle.parts()
+        written = write_bundle(args.bundle, replace(parts, documents={**parts.documents, CARD_FILE: encode_card(card)}))
+        print(f"{args.bundle}: now version {written.manifest.version}, with the card")
+    for check in card.checks:
+        if not check.passed:
+            print(f"FAILED: {check.name}: {check.measured}", file=sys.stderr)
+    return 0
+
+
+def finished(campaign: Campaign) -> list[Unit]:
+    """Every unit of the ensemble, its members and the controls, which must be done, and of the subsets that are done."""
+    manifest = campaign.bundle.manifest
+    needed = list(campaign.units([*full_and_members(manifest), *controls(manifest)]))
+    if missing := [unit for unit in needed if not campaign.done(unit)]:
+        raise TrainingRefused(
+            f"{campaign.folder}: expected all {len(needed)} units of phalanx-train attack done, got {len(missing)} that are not, "
+            f"the first {missing[0].file}; run it again, it goes on"
+        )
+    names = {unit.subject.name for unit in needed}
+    others = list(campaign.units([subject for subject in every_subset(manifest) if subject.name not in names]))
+    return needed + [unit for unit in others if campaign.done(unit)]
+
+
+def commands(args: argparse.Namespace) -> list[str]:
+    """What to type to get these figures again."""
+    options = (
+        f"--suite {args.suite}"
+        + (f" --images {args.images}" if args.images else "")
+        + (f" --seed {args.seed}" if args.seed else "")
+    )
+    return [f"phalanx-train {command} {args.bundle} {options}" for command in ("attack", "ablate", "report")]
+
+
+def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
+    """Images that the ensemble gets right, and what the attacks on it made of them: two of every attack that fooled it."""
+    subject = full_and_members(campaign.bundle.manifest)[-1]
+    ensemble, classes = campaign.system(subject).ensemble, campaign.bundle.manifest.classes
+    test, _ = campaign.clean("test")
+    shown = set[int]()
+    for unit in units:
+        if unit.subject.name != subject.name or not unit.entry.counts or len(shown) >= EXAMPLES:
+            continue
+        here = campaign.index[unit.start : unit.stop]
+        clean = decide(ensemble, {name: output[..., here, :] for name, output in test.items()})
+        attacked = decide(ensemble, campaign.found(unit).outputs[ROUNDED])
+        labels = campaign.splits.test.labels[here]
+        fooled = np.flatnonzero((clean.label == labels) & (attacked.label != labels))
+        for i in [int(i) for i in fooled if int(here[i]) not in shown][:2]:
+            shown.add(int(here[i]))
+            adversarial = campaign.adversarial(unit, ROUNDED)[i]
+            yield Example(
+                attack=unit.entry.name,
+                truth=classes[int(labels[i])],
+                clean_said=_said(classes, clean, i),
+                adversarial_said=_said(classes, attacked, i),
+                clean=campaign.splits.test.pixels[here[i]],
+                adversarial=adversarial,
+                seen=_seen(campaign, adversarial),
+                votes=_votes(ensemble, classes, attacked, i),
+            )
+
+
+def _said(classes: Sequence[str], decision: Decision, i: int) -> Said:
+    return Said(classes[int(decision.label[i])], Verdict(int(decision.verdict[i])), float(decision.p_value[i]))
+
+
+def _votes(ensemble: Ensemble, classes: Sequence[str], decision: Decision, i: int) -> dict[str, tuple[str, float]]:
+    votes = zip(ensemble.voters, decision.votes[i], strict=True)
+    return {voter.name: (classes[int(vote.argmax())], float(vote.max())) for voter, vote in votes}
+
+
+def _seen(campaign: Campaign, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """What the members that transform an image see of it, as a picture (h, w) in 0..1."""
+    seen = {}
+    for name, network in campaign.members.networks.items():
+        if isinstance(network, EdgeNetwork):
+            planes = network.edges(torch.from_numpy(pixels[None]).to(campaign.members.device))
+            strength = torch.stack([plane.mean(dim=1) + 0.5 for plane in planes]).mean(dim=0)
+            seen[name] = strength[0].cpu().numpy()
+    return seen

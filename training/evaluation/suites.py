@@ -1,0 +1,142 @@
+"""Suites of attacks: what is tried on every system, in order, and which figure each of them serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from models.ensemble import RuleName
+from training.attacks.detectors import joint, orthogonal
+from training.attacks.edges import hears_edges, narrow_edges, soft_edges
+from training.attacks.features import feature_adversary, has_centers
+from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
+from training.attacks.noise import random_noise
+from training.attacks.problem import Attack, Problem
+from training.attacks.rule import reweighed, surrogate, whole_system
+from training.system import System
+
+Access = Literal["gradient", "scores", "none"]
+Aims = Literal["rule", "features", "everything"]
+"""What of a system decides what an attack does: its voters and their rule, the metric member, or the detectors, too."""
+
+CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
+CONTROL = "margin-pgd"  # the attack that every system is put to, controls included
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attack of a suite; `images` is how many it is tried on, None for all of them.
+
+    A sanity entry is there for checks and curves, and tried on the whole ensemble only.
+    """
+
+    name: str
+    attack: Attack
+    access: Access = "gradient"
+    applies: Callable[[System], bool] = lambda _: True
+    epsilon_factor: float = 1.0
+    images: int | None = None
+    sanity: bool = False
+    aims: Aims = "rule"
+
+    def identity(self, system: System) -> object:
+        """Equal for two systems on which this attack would find the same images."""
+        match self.aims:
+            case "rule":
+                return system.heard
+            case "features":
+                return "metric"
+            case _:
+                return system.ensemble.name
+
+    @property
+    def counts(self) -> bool:
+        """Whether what it finds lies within the ball that the figures are about."""
+        return self.epsilon_factor <= 1.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`single` is what a system of one classifier is put to beside; the rest makes sense for several only."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    images: int  # by default
+    publishable: bool  # the protocol's whole list; what is measured with less says so
+
+
+def suite(name: str) -> Suite:
+    """`smoke` (seconds), `quick` (minutes on two cores) or `standard` (the protocol's whole list)."""
+    match name:
+        case "smoke":
+            return _suite(name, images=8, steps=3, restarts=1, apgd=3, targets=2, queries=10, draws=3, weights=(1.0,), curve=0)
+        case "quick":
+            return _suite(
+                name, images=300, steps=20, restarts=2, apgd=20, targets=3, queries=100, draws=10, weights=(0.5, 2.0), curve=100
+            )
+        case _:
+            return _suite(
+                "standard", images=1000, steps=40, restarts=5, apgd=100, targets=9, queries=5000, draws=100,
+                weights=(0.1, 0.3, 1.0, 3.0, 10.0), curve=300, fab=100,
+            )  # fmt: skip
+
+
+SUITES = ("smoke", "quick", "standard")
+
+
+def _suite(
+    name: str, *, images: int, steps: int, restarts: int, apgd: int, targets: int, queries: int, draws: int,
+    weights: tuple[float, ...], curve: int, fab: int = 0,
+) -> Suite:  # fmt: skip
+    several, screened = _has_several_voters, _has_detectors
+    direct = partial(whole_system, steps=steps, restarts=restarts)
+    once = partial(whole_system, steps=steps, restarts=1)
+    entries = [
+        Entry(CONTROL, direct),
+        Entry("pushed-margin-pgd", partial(whole_system, steps=steps, restarts=1, until_fooled=False)),
+        Entry("apgd-ce", partial(apgd_ce, iterations=apgd, restarts=1)),
+        Entry("apgd-targeted", partial(apgd_targeted, iterations=apgd, targets=targets)),
+        Entry("square", partial(square, queries=queries), "scores"),
+        Entry("noise", partial(random_noise, draws=draws), "none"),
+        Entry("reweighed", partial(reweighed, steps=steps, restarts=restarts), applies=several),
+        Entry("logits-pgd", partial(surrogate, rule=RuleName.LOG_POOL, steps=steps, restarts=1), applies=several),
+        Entry("probabilities-pgd", partial(surrogate, rule=RuleName.SOFT, steps=steps, restarts=1), applies=several),
+        Entry("votes-pgd", partial(surrogate, rule=RuleName.MAJORITY, steps=steps, restarts=1), applies=several),
+        Entry("narrow-edges-pgd", _elsewhere(partial(narrow_edges, factor=0.5), once), applies=hears_edges),
+        Entry("soft-edges-pgd", _elsewhere(partial(soft_edges, factor=1.0), once), applies=hears_edges),
+        Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
+        Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
+        Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
+    ]
+    if fab:
+        entries.append(Entry("fab-targeted", partial(fab_targeted, iterations=fab, targets=targets)))
+    if curve:
+        entries.append(Entry("longer-margin-pgd", partial(whole_system, steps=4 * steps, restarts=1), images=curve, sanity=True))
+        entries.append(
+            Entry("restarted-margin-pgd", partial(whole_system, steps=steps, restarts=3 * restarts), images=curve, sanity=True)
+        )
+        entries += [
+            Entry(f"margin-pgd-at-{factor:g}-epsilon", once, epsilon_factor=factor, images=curve, sanity=True) for factor in CURVE
+        ]
+    return Suite(name, tuple(entries), images, publishable=bool(fab))
+
+
+def _elsewhere(change: Callable[[System], System], attack: Attack) -> Attack:
+    """The attack on a changed system, which the images must fool the real one after."""
+
+    def run(problem: Problem) -> Tensor:
+        return attack(problem.against(change(problem.system)))
+
+    return run
+
+
+def _has_several_voters(system: System) -> bool:
+    return sum(system.share(voter.name) > 0 for voter in system.ensemble.voters) > 1
+
+
+def _has_detectors(system: System) -> bool:
+    return bool(system.ensemble.detectors)
