@@ -12,8 +12,10 @@ import torch
 from tqdm import tqdm
 
 from models.bundle import Bundle, read_bundle
+from training.attacks.query import ATTACKS, QUERIES
 from training.evaluation.campaign import Campaign, Unit
 from training.evaluation.evaluate import splits_of
+from training.evaluation.queries import DISCLOSURES, through_endpoint
 from training.evaluation.scores import Ledger, ledger, share
 from training.evaluation.subjects import Subject, controls, full_and_members
 from training.evaluation.suites import SUITES, suite
@@ -42,11 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=1, help="processes side by side, a shard and a thread each (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    through = parser.add_argument_group("through a running server, with nothing but its answers")
+    through.add_argument("--endpoint", metavar="HOST:PORT", help="attack this server, which serves the bundle, by queries")
+    through.add_argument("--ensemble", default="", help="the server's ensemble (default: its default)")
+    through.add_argument(
+        "--disclosure", choices=DISCLOSURES, default="label", help="how much of an answer the attacker sees (default: %(default)s)"
+    )
+    through.add_argument(
+        "--query-attacks", nargs="+", choices=list(ATTACKS), default=["square", "hopskipjump"],
+        help="which, of square, hopskipjump and boundary (default: square hopskipjump)",
+    )  # fmt: skip
+    through.add_argument("--queries", type=int, default=QUERIES, help="that an image may take at most (default: %(default)s)")
+    through.add_argument("--query-images", type=int, default=100, help="how many images (default: %(default)s)")
+    through.add_argument("--no-rescore", action="store_true", help="do not show the server what the campaign has found")
 
 
 def run(args: argparse.Namespace) -> int:
     """Attack what is not yet attacked; with all of it done, print the figures."""
     campaign = open_campaign(args)
+    if args.endpoint:
+        return through_endpoint(args, campaign)
     manifest = campaign.bundle.manifest
     subjects = [*full_and_members(manifest), *controls(manifest)]
     if args.systems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import combinations, pairwise
 from math import comb
@@ -31,19 +32,23 @@ from models.card import (
     SystemCard,
     Worth,
 )
+from models.composition import compose
 from models.ensemble import Ensemble
 from training.attacks.pgd import margin
-from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Unit
+from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
 from training.evaluation.scores import Bools, Ledger, answer, ledger, mcnemar, share
 from training.evaluation.subjects import NAIVE, Subject, every_subset, full_and_members, undefended
 from training.evaluation.suites import CONTROL
 from training.export import commit
+from training.system import Members
 
 REVIEW, REJECT = 0.05, 0.01  # the clean rejection rates that figures are given at
 CHANCE = 1.5  # robust accuracy below this many times 1/k counts as chance
 CONTROL_FALLS = 0.01  # what may be left of an undefended member
 NAIVE_FALLS = 0.10  # and of a naive soft vote
 SAME = 0.01  # figures this close agree: more steps, more starts
+MASK_DRAWS = 10
+FEW = 0.03  # what an attack may lose when the masks it knew are drawn anew
 GRADIENT_IMAGES = 200
 BOOTSTRAPS = 2000
 
@@ -276,6 +281,10 @@ def _checks(campaign: Campaign, ledgers: Mapping[str, Ledger], counted: Mapping[
         checks.append(_check("accuracy falls to chance as epsilon grows", last <= chance, measured))
         falls = all(a.robust.value >= b.robust.value - SAME for a, b in pairwise(curve))
         checks.append(_check("accuracy never rises with epsilon", falls, ", ".join(f"{point.robust.value:.1%}" for point in curve)))
+    if draws := _mask_draws(campaign, main, units):
+        fixed, fresh = draws
+        measured = f"{fixed:.1%} wrong and accepted under the fixed masks, {fresh:.1%} over {MASK_DRAWS} fresh draws"
+        checks.append(_check("the attack does not live on the fixed masks", fixed - fresh <= FEW, measured))
     found = [campaign.found(unit) for unit in units]
     losses, gradients = sum(f.losses for f in found), sum(f.gradients for f in found)
     checks.append(
@@ -286,6 +295,32 @@ def _checks(campaign: Campaign, ledgers: Mapping[str, Ledger], counted: Mapping[
         )
     )
     return checks
+
+
+def _mask_draws(campaign: Campaign, subject: Subject, units: Sequence[Unit]) -> tuple[float, float] | None:
+    """Wrong and accepted, of the joint attack's images as served, under the masks they were made for and under fresh ones."""
+    stochastic = [name for name, masks in campaign.members.masks.items() if masks is not None]
+    joint = [unit for unit in units if unit.subject.name == subject.name and unit.entry.name == "joint"]
+    if not stochastic or not joint:
+        return None
+    (name,) = stochastic
+    fixed, fresh = (compose(campaign.bundle, replace(subject.choice, masks=masks)) for masks in ("fixed", "fresh"))
+    before, after = [], []
+    for unit in joint:
+        labels = campaign.images.labels[unit.start : unit.stop]
+        outputs, pixels = dict(campaign.found(unit).outputs[ROUNDED]), torch.from_numpy(campaign.adversarial(unit, ROUNDED))
+        before.append(_past(fixed, outputs, labels))
+        for draw in range(MASK_DRAWS):
+            redrawn = Members({name: campaign.members.networks[name]}, campaign.members.masks_seed + 1 + draw)
+            with torch.inference_mode():
+                outputs[name] = redrawn.outputs([name], pixels)[name].float().cpu().numpy()
+            after.append(_past(fresh, outputs, labels))
+    return float(np.concatenate(before).mean()), float(np.concatenate(after).mean())
+
+
+def _past(ensemble: Ensemble, outputs: Outputs, labels: NDArray[np.int64]) -> Bools:
+    label, p = answer(ensemble, outputs)
+    return np.asarray((label != labels) & (p > REVIEW))
 
 
 def _check(name: str, passed: bool, measured: str) -> Check:
@@ -305,6 +340,7 @@ def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deploy
         missing.append("query attacks on the running server")
     if deployment is None:
         missing.append("the adversarial images scored by the running server")
+    missing.append("attacks over fresh masks (the bundle serves fixed ones, and these are known to the attacker)")
     missing.append("a single adversarially trained network of the ensemble's size to compare with")
     missing.append("several training seeds")
     return missing

@@ -21,6 +21,7 @@ from training.evaluation import attack
 from training.evaluation.campaign import ROUNDED, Campaign, Unit
 from training.evaluation.card import build
 from training.evaluation.html import Example, Said, render
+from training.evaluation.queries import kept_deployment, kept_queries
 from training.evaluation.subjects import controls, every_subset, full_and_members
 from training.refused import TrainingRefused
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Write card and report; nothing is attacked again."""
     campaign = attack.open_campaign(args)
     units = finished(campaign)
-    card = build(campaign, units, commands(args))
+    card = build(campaign, units, commands(args), kept_queries(campaign), kept_deployment(campaign))
     replace_file(campaign.folder / CARD_FILE, encode_card(card))
     page = args.html or campaign.folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
