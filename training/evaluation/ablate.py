@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from training.evaluation import attack
-from training.evaluation.subjects import canonical, controls
+from training.evaluation.subjects import controls, every_subset, full_and_members
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,4 +17,4 @@ def run(args: argparse.Namespace) -> int:
     """Attack every subset, then print the figures; `phalanx-train report` has Shapley values and heat maps."""
     campaign = attack.open_campaign(args)
     manifest = campaign.bundle.manifest
-    return attack.work(args, campaign, [*canonical(manifest), *controls(manifest)])
+    return attack.work(args, campaign, [*full_and_members(manifest), *controls(manifest), *every_subset(manifest)])

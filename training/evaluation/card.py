@@ -456,4 +456,4 @@ def _gradient_cosine(campaign: Campaign, members: Sequence[str]) -> list[list[fl
         x = clean.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(margin(campaign.members.logits(name, x), y).sum(), x)
         units.append(torch.nn.functional.normalize(gradient.flatten(1), dim=1))
-    return [[float((a * b).sum(dim=1).mean()) for b in units] for a in units]
+    return [[float((a * b).sum(dim=1).mean().clamp(-1, 1)) for b in units] for a in units]

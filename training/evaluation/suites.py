@@ -55,8 +55,8 @@ class Entry:
 
     @property
     def counts(self) -> bool:
-        """Whether what it finds lies within the ball that the figures are about."""
-        return self.epsilon_factor <= 1.0
+        """Whether it attacks in the ball that the figures are about."""
+        return self.epsilon_factor == 1.0
 
 
 @dataclass(frozen=True)
