@@ -9,6 +9,12 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
+def counted(total: int, done: int, unit: str, name: str, position: int = 0) -> tqdm[Any]:
+    """A bar over pieces of work with the time left; twice a minute where output is no terminal."""
+    seldom = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=done, unit=unit, desc=name, position=position, mininterval=seldom)
+
+
 class Progress:
     """Bars with loss, clean and robust accuracy and time left; lines where output is not a terminal."""
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from models.bundle import Bundle, read_bundle
 from training.attacks.query import ATTACKS, QUERIES
@@ -20,6 +19,7 @@ from training.evaluation.scores import Ledger, ledger, share
 from training.evaluation.subjects import Subject, controls, full_and_members
 from training.evaluation.suites import SUITES, suite
 from training.lock import only_process
+from training.progress import counted
 from training.refused import TrainingRefused
 from training.train import end_with_parent
 
@@ -138,14 +138,12 @@ def _do(args: argparse.Namespace, campaign: Campaign, subjects: Sequence[Subject
     shard, shards = args.shard
     units = [unit for i, unit in enumerate(campaign.units(subjects)) if i % shards == shard - 1]
     todo = [unit for unit in units if not campaign.done(unit)]
-    with only_process(campaign.folder / f"shard-{shard}-of-{shards}.lock"):
-        name, before = f"shard {shard}/{shards}", len(units) - len(todo)
-        seldom = 0.1 if sys.stderr.isatty() else 30.0
-        with tqdm(total=len(units), initial=before, unit="unit", desc=name, position=shard - 1, mininterval=seldom) as bar:
-            for unit in todo:
-                bar.set_postfix_str(f"{unit.subject.name}: {unit.entry.name}", refresh=False)
-                campaign.attack(unit)
-                bar.update()
+    lock = only_process(campaign.folder / f"shard-{shard}-of-{shards}.lock")
+    with lock, counted(len(units), len(units) - len(todo), "unit", f"shard {shard}/{shards}", shard - 1) as bar:
+        for unit in todo:
+            bar.set_postfix_str(f"{unit.subject.name}: {unit.entry.name}", refresh=False)
+            campaign.attack(unit)
+            bar.update()
 
 
 def _side_by_side(args: argparse.Namespace) -> int:

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from models.card import Deployment, Query
 from models.ensemble import Ensemble
@@ -32,6 +31,7 @@ from training.endpoint import FLIGHTS, Endpoint, EndpointRefused, Pixels, parts_
 from training.evaluation.campaign import ROUNDED, Campaign, Unit, write_whole
 from training.evaluation.scores import answer, share
 from training.evaluation.subjects import canonical
+from training.progress import counted
 from training.refused import TrainingRefused
 
 DISCLOSURES = [level.name.lower() for level in Disclosure]
@@ -75,7 +75,7 @@ class QueryCampaign:
         stop = threading.Event()
         # Square seeds the global generator, though nobody here draws from it
         own_random_state = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit="image", desc=self.folder.name)
+        bar = counted(len(mine), len(mine) - len(todo), "image", self.folder.name)
         with own_random_state, bar, ThreadPoolExecutor(flights, thread_name_prefix="attack") as pool:
             try:
                 won = 0
@@ -176,8 +176,11 @@ def rescore(endpoint: Endpoint, ensemble: Ensemble, campaign: Campaign, units: S
         label, p = answer(ensemble, campaign.found(unit).outputs[ROUNDED])
         return told.label != label, np.abs((1 if told.p_value is None else told.p_value) - p)
 
-    with ThreadPoolExecutor(FLIGHTS, thread_name_prefix="rescore") as pool:
-        found = list(tqdm(pool.map(differences, units), total=len(units), unit="unit", desc=f"through {endpoint.address}"))
+    found = []
+    with ThreadPoolExecutor(FLIGHTS, "rescore") as pool, counted(len(units), 0, "unit", f"through {endpoint.address}") as bar:
+        for difference in pool.map(differences, units):
+            found.append(difference)
+            bar.update()
     labels, p_values = (np.concatenate(each) for each in zip(*found, strict=True))
     return Deployment(images=len(labels), labels_differ=int(labels.sum()), p_value_difference=float(p_values.max()))
 
