@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -106,17 +106,19 @@ class System:
         self._stairs = [_staircase(table, members.device) for table in ensemble.tables]
 
     def under(self, rule: RuleName) -> System:
-        """The same voters under another rule."""
-        return System(replace(self.ensemble, rule=rule), self.members)
+        """The voters that have a share, with that share, under another rule."""
+        voters = tuple(replace(voter, weight=self.share(voter.name)) for voter in self._speaking.voters)
+        return System(replace(self.ensemble, voters=voters, rule=rule), self.members)
 
     def share(self, voter: str) -> float:
-        """A voter's part in the rule, 1 where the rule ignores weights."""
-        weighs = self.ensemble.rule in (RuleName.WEIGHTED, RuleName.LOG_POOL, RuleName.MIXED)
-        heard = {
-            v.name: v.weight or float(v.strength == "accurate" and self.ensemble.rule == RuleName.MIXED)
-            for v in self.ensemble.voters
-        }
-        return heard[voter] if weighs else 1.0
+        """A voter's part in the rule, 1 where the rule ignores weights; accurate voters always speak in the mixed one."""
+        if self.ensemble.rule not in (RuleName.WEIGHTED, RuleName.LOG_POOL, RuleName.MIXED):
+            return 1.0
+        mixed = self.ensemble.rule == RuleName.MIXED
+        weights = {v.name: v.weight for v in self.ensemble.voters if not (mixed and v.strength == "accurate")}
+        if not any(weights.values()):  # then they speak alike
+            weights = dict.fromkeys(weights, 1.0)
+        return weights.get(voter, 1.0)
 
     @property
     def heard(self) -> tuple[object, ...]:
@@ -136,7 +138,7 @@ class System:
 
     def judge(self, pixels: Tensor) -> Judged:
         """Label and p-value as deployed, without gradient."""
-        with torch.inference_mode():
+        with torch.no_grad():
             decision = decide(self.ensemble, self.members.outputs(self.ensemble.members, pixels))
         return Judged(decision.label, decision.p_value)
 
@@ -158,11 +160,10 @@ class System:
             decision = decide(self.ensemble, {name: output.detach() for name, output in outputs.items()})
         return log_p, statistic, Judged(decision.label, decision.p_value)
 
-    @property
-    def review_threshold(self) -> float:
-        """The statistic from which on the verdict is no longer CLEAN."""
-        kept = len(self.ensemble.combined) - resolved(self.ensemble.review_rate, len(self.ensemble.combined))
-        return float(self.ensemble.combined[kept])
+    def threshold(self, rate: Literal["review", "reject"]) -> float:
+        """The statistic above which the verdict is at least SUSPECT (review), or REJECTED (reject)."""
+        n, share = len(self.ensemble.combined), self.ensemble.review_rate if rate == "review" else self.ensemble.reject_rate
+        return float(self.ensemble.combined[n - resolved(share, n)])
 
 
 def _interpolated(knots: Tensor, heights: Tensor, score: Tensor) -> Tensor:

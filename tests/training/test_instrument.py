@@ -16,6 +16,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
 from tests.training.commands import phalanx_train
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
+from training.evaluation.card import build
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import ledger
@@ -117,6 +118,14 @@ def test_the_card_goes_into_the_bundle_and_says_what_it_lacks(built: Path, repor
             assert total == pytest.approx(getattr(whole, figure).value)
 
 
+def test_half_an_ablation_is_none(campaign: Campaign) -> None:
+    units = finished(campaign)
+    assert build(campaign, units, ()).ablation is not None
+    card = build(campaign, [unit for unit in units if unit.subject.name != "edge+metric"], ())
+    assert card.ablation is None
+    assert "an ablation of every subset" in card.missing
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -124,6 +133,7 @@ def test_the_card_goes_into_the_bundle_and_says_what_it_lacks(built: Path, repor
         pytest.param(("--seed", "1"), "holds another campaign: expected seed 1, got 0", id="another seed in a folder in use"),
         pytest.param(("--systems", "everything"), "no system everything; there are adversarial", id="a system misspelt"),
         pytest.param(("--shard", "3/2"), "expected I/N with 1 <= I <= N", id="a share that is none"),
+        pytest.param(("--jobs", "2", "--shard", "1/2"), "expected --jobs or --shard, got both", id="shards of shards"),
         pytest.param(("--jobs", "0"), "--jobs: expected 1 or more, got 0", id="no process at all"),
     ],
 )

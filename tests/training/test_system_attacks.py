@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ensemble import RuleName
+from models.ensemble import RuleName, decide
 from tests.training.toys import EPSILON, Linear, Masked, images, problem, system, weights
 from training.attacks.detectors import joint, orthogonal
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.noise import random_noise
-from training.attacks.pgd import margin
+from training.attacks.pgd import margin, to_uint8
 from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
 from training.evaluation.suites import suite
 from training.system import System
 
 CLASSES = 5
+MARGIN_PGD = partial(whole_system, steps=40, restarts=2)
 
 
 def linear_system() -> tuple[System, Tensor, Tensor, Linear]:
@@ -133,8 +134,8 @@ def test_the_differentiable_statistic_is_the_deployed_one_where_it_matters() -> 
     toy, pixels, _ = disagreeing()
     _, statistic, judged = toy.evidence(pixels)
     accepted = judged.p_value > toy.ensemble.review_rate
-    clear = (statistic - toy.review_threshold).abs() > 0.05
-    assert bool(((statistic <= toy.review_threshold) == accepted)[clear].all())
+    clear = (statistic - toy.threshold("review")).abs() > 0.05
+    assert bool(((statistic <= toy.threshold("review")) == accepted)[clear].all())
     assert int(clear.sum()) >= 20
 
 
@@ -168,3 +169,67 @@ def test_the_same_problem_is_attacked_the_same_way_twice_and_leaves_the_global_g
         first, second = (attack(problem(toy, pixels, y)) for _ in range(2))
         assert torch.equal(first, second)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_saturated_logits_keep_no_gradient_from_auto_pgd() -> None:
+    """log softmax is exactly 0 on nearly all of these: cross-entropy as it is would have nowhere to go."""
+    net = Linear(1000 * weights(0, CLASSES), torch.zeros(CLASSES))
+    pixels = images(40)
+    y = net(pixels).argmax(dim=1)
+    toy = problem(system({"sure": net}, CLASSES), pixels, y)
+    assert int((toy.system.log_probabilities(pixels).amax(dim=1) == 0).sum()) > 30
+    by_entropy, by_margin = (
+        int((net(attack(toy)).argmax(1) != y).sum()) for attack in (partial(apgd_ce, iterations=50, restarts=2), MARGIN_PGD)
+    )
+    assert by_entropy >= 0.9 * by_margin > 0
+
+
+def test_what_fab_finds_survives_being_rounded_to_whole_pixels() -> None:
+    """Its images lie on the boundary, and rounding towards the clean image alone would take all of them back."""
+    toy, pixels, _, net = linear_system()
+    pixels = pixels.round()
+    y = net(pixels).argmax(dim=1)
+    found = fab_targeted(problem(toy, pixels, y), iterations=50, targets=4)
+    served = to_uint8(found, pixels).float()
+    assert int((net(served).argmax(1) != y).sum()) >= 0.8 * int((net(found).argmax(1) != y).sum()) > 0
+
+
+def silent(rule: RuleName, share: dict[str, float], accurate: str = "") -> System:
+    nets = {name: Linear(weights(seed, CLASSES), torch.zeros(CLASSES)) for seed, name in enumerate(share)}
+    return system(nets, CLASSES, rule, accurate=accurate, weights=share)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(MARGIN_PGD, id="the system"),
+        pytest.param(partial(surrogate, rule=RuleName.LOG_POOL, steps=5, restarts=1), id="its logits"),
+        pytest.param(partial(surrogate, rule=RuleName.SOFT, steps=5, restarts=1), id="its probabilities"),
+        pytest.param(partial(surrogate, rule=RuleName.MAJORITY, steps=5, restarts=1), id="its votes"),
+        pytest.param(partial(reweighed, steps=5, restarts=1), id="its voters"),
+    ],
+)
+def test_a_voter_without_a_share_changes_nothing_of_an_attack(attack: Attack) -> None:
+    """Otherwise two systems that decide alike could not share an attack's work."""
+    pixels = images(10)
+    with_it, without = (silent(RuleName.WEIGHTED, share) for share in ({"a": 0.6, "b": 0.4, "c": 0.0}, {"a": 0.6, "b": 0.4}))
+    assert with_it.heard == without.heard
+    y = without.judge(pixels).label
+    assert torch.equal(attack(problem(with_it, pixels, y)), attack(problem(without, pixels, y)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "share", "accurate"),
+    [
+        pytest.param(RuleName.WEIGHTED, {"a": 1.0, "b": 0.0, "c": 0.0}, "", id="one speaks"),
+        pytest.param(RuleName.MIXED, {"a": 0.0, "b": 0.7, "c": 0.3}, "a", id="mixed"),
+        pytest.param(RuleName.MIXED, {"a": 1.0, "b": 0.0, "c": 0.0}, "a", id="mixed, the robust ones without weights"),
+        pytest.param(RuleName.MIXED, {"a": 0.0, "b": 1.0, "c": 0.0}, "", id="mixed, all robust"),
+        pytest.param(RuleName.LOG_POOL, {"a": 0.5, "b": 0.5, "c": 0.0}, "", id="log-pool"),
+        pytest.param(RuleName.MEDIAN, {"a": 0.5, "b": 0.5, "c": 0.0}, "", id="median, which weighs nobody"),
+    ],
+)
+def test_what_is_attacked_is_what_is_deployed_whoever_is_silent(rule: RuleName, share: dict[str, float], accurate: str) -> None:
+    toy, pixels = silent(rule, share, accurate), images(20)
+    deployed = decide(toy.ensemble, toy.members.outputs(toy.ensemble.members, pixels)).probabilities
+    assert torch.allclose(toy.log_probabilities(pixels).exp(), deployed, atol=1e-6)

@@ -45,21 +45,22 @@ def images(n: int, seed: int = 1) -> Tensor:
     return torch.rand(n, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(seed)) * 100 + 80
 
 
-def system(networks: Mapping[str, nn.Module], classes: int, rule: RuleName = RuleName.SOFT, clean: Tensor | None = None) -> System:
-    """Every network votes; with clean images, their disagreement is a detector calibrated on those."""
+def system(
+    networks: Mapping[str, nn.Module],
+    classes: int,
+    rule: RuleName = RuleName.SOFT,
+    clean: Tensor | None = None,
+    accurate: str = "",
+    weights: Mapping[str, float] | None = None,
+) -> System:
+    """Every network votes, `accurate` as the accurate one; with clean images, their disagreement is a detector calibrated on those."""
     members = Members({name: network.eval().requires_grad_(False) for name, network in networks.items()}, 0)
-    voters = tuple(Voter(name, 1.0, "robust", 1 / len(networks)) for name in networks)
+    share = weights or dict.fromkeys(networks, 1 / len(networks))
+    voters = tuple(Voter(name, 1.0, "accurate" if name == accurate else "robust", share[name]) for name in networks)
     ensemble = Ensemble(
-        name="toy",
-        classes=classes,
-        voters=voters,
-        rule=rule,
-        alpha=1.0,
-        scale=1.0,
-        detectors=(),
-        review_rate=0.05,
-        reject_rate=0.01,
-    )
+        name="toy", classes=classes, voters=voters, rule=rule, alpha=0.8, scale=2.0, detectors=(),
+        review_rate=0.05, reject_rate=0.01,
+    )  # fmt: skip
     if clean is not None:
         ensemble = _screened(ensemble, members, clean)
     return System(ensemble, members)

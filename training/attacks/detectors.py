@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,20 @@ from training.attacks.problem import Problem
 from training.attacks.rule import unit
 from training.system import System
 
+Rate = Literal["review", "reject"]
+
 FOOLED_ENOUGH = 0.5  # log-probability by which the wrong class leads when the classifier needs no more pushing
 WELL_HIDDEN = 0.1  # how far below the threshold the statistic may rest
 
 
-def joint(problem: Problem, steps: int, weights: Sequence[float]) -> Tensor:
+def joint(problem: Problem, steps: int, weights: Sequence[float], accepted_at: Rate = "review") -> Tensor:
     """Accept-and-wrong: ascend the margin and descend the detectors' statistic at once, for every weight between them.
 
+    The first weight starts from the image itself, the others from random points in the ball.
     direction = unit(grad min(margin, c)) - weight * unit(grad relu(statistic - threshold)): either term rests while
     it is satisfied, so that no weight can be wrong for all images (Carlini & Wagner 2017b, sec. 5, as PGD).
     """
-    search = _Search(problem)
+    search = _Search(problem, accepted_at)
     for weight in weights:
         for x, fool, hide in search.steps(steps):
             gradients = search.gradients(x, fool.clamp(max=FOOLED_ENOUGH), hide)
@@ -37,7 +41,7 @@ def orthogonal(problem: Problem, steps: int) -> Tensor:
     While the class is right, ascend the margin along the part of its gradient that leaves the statistic alone; once it
     is wrong, descend the statistic along the part of its gradient that leaves the margin alone.
     """
-    search = _Search(problem)
+    search = _Search(problem, "review")
     for x, fool, hide in search.steps(steps):
         up, down = map(unit, search.gradients(x, fool, hide))
         aligned = (up * down).flatten(1).sum(dim=1)[:, None, None, None]
@@ -47,25 +51,28 @@ def orthogonal(problem: Problem, steps: int) -> Tensor:
 
 
 class _Search:
-    """One ascent after another from the clean image, and of every image the most harmful version met on the way."""
+    """One ascent after another, and of every image the most harmful version met on the way."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, accepted_at: Rate) -> None:
+        self.problem, self.generator = problem, problem.generator()
+        self.threshold = problem.system.threshold(accepted_at)
+        self.first = True
         self.best = problem.pixels.clone()
         self.harm = torch.full((len(self.best),), -torch.inf, device=self.best.device)
         self._next = self.best
 
     def steps(self, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(x, margin (n,), excess of the statistic over the review threshold (n,)), `steps` times, and judge one more."""
-        system, y = self.problem.system, self.problem.labels
-        self._next = self.problem.pixels
+        """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more."""
+        system, y, radius = self.problem.system, self.problem.labels, self.problem.epsilon
+        noise = torch.empty_like(self.best).uniform_(-radius, radius, generator=self.generator) * (not self.first)
+        self._next, self.first = (self.problem.pixels + noise).clamp(0, 255), False
         for iteration in range(steps + 1):
             x = self._next.detach().requires_grad_()
             log_p, statistic, judged = system.evidence(x)
             fool = margin(log_p, y)
             self._keep(x.detach(), harm(judged.label != y, judged.p_value, system, fool.detach()))
             if iteration < steps:
-                yield x, fool, F.relu(statistic - system.review_threshold + WELL_HIDDEN)
+                yield x, fool, F.relu(statistic - self.threshold + WELL_HIDDEN)
 
     def gradients(self, x: Tensor, fool: Tensor, hide: Tensor) -> tuple[Tensor, Tensor]:
         """Of both objectives with respect to x."""

@@ -1,6 +1,7 @@
-"""Attacks that libraries have: AutoAttack's four (pyautoattack), Sabour's feature adversary (ART).
+"""AutoAttack's four, by pyautoattack.
 
-AutoAttack wants images (n, c, h, w) in 0..1 and draws from torch's global generator, which is put back as it was.
+It wants images (n, c, h, w) in 0..1, draws from torch's global generator, which is put back as it was, and returns the
+clean image where it fails.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from training.attacks.pgd import project
 from training.attacks.problem import Problem
 
+GAP = 5.0
 LOGGER = logging.getLogger("pyautoattack")
 
 
 def apgd_ce(problem: Problem, iterations: int, restarts: int) -> Tensor:
-    """Auto-PGD on cross-entropy (Croce & Hein 2020)."""
+    """Auto-PGD on cross-entropy (Croce & Hein 2020), of logits that are scaled down where its gradient would vanish."""
     settings = _settings(problem) | {"loss": "ce", "logger": LOGGER}
-    attack = APGDAttack(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
+    attack = APGDAttack(_channels_first(problem, unsaturated), n_iter=iterations, n_restarts=restarts, **settings)
     return _run(problem, attack)
 
 
@@ -45,7 +47,15 @@ def fab_targeted(problem: Problem, iterations: int, targets: int, restarts: int 
     targets = min(targets, problem.system.ensemble.classes - 1)
     settings = _settings(problem) | {"n_target_classes": targets, "targeted": True}
     attack = FABAttack_PT(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
-    return _run(problem, attack)
+    return _outward(problem, _run(problem, attack))
+
+
+def _outward(problem: Problem, found: Tensor) -> Tensor:
+    """What lies just beyond the boundary, moved away from the clean image to whole pixels, where that still fools."""
+    delta = found - problem.pixels
+    rounded = project(problem.pixels + delta.sign() * (delta.abs() - 1e-3).ceil(), problem.pixels, problem.epsilon)
+    fools = problem.system.judge(rounded).label != problem.labels
+    return torch.where(fools[:, None, None, None], rounded, found)
 
 
 def square(problem: Problem, queries: int) -> Tensor:
@@ -61,12 +71,18 @@ def _settings(problem: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _channels_first(problem: Problem) -> nn.Module:
+def unsaturated(logits: Tensor) -> Tensor:
+    """Logits (n, k) at a temperature of their own, such that the first leads the second by GAP at most."""
+    first, second = logits.detach().topk(2, dim=1).values.unbind(dim=1)
+    return logits / ((first - second) / GAP).clamp_min(1.0)[:, None]
+
+
+def _channels_first(problem: Problem, change: Callable[[Tensor], Tensor] = lambda logits: logits) -> nn.Module:
     logits = problem.logits()
 
     class ChannelsFirst(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return logits(255 * x.permute(0, 2, 3, 1))
+            return change(logits(255 * x.permute(0, 2, 3, 1)))
 
     return ChannelsFirst().eval()
 

@@ -12,6 +12,9 @@ from torch import Tensor
 Logits = Callable[[Tensor], Tensor]
 """Pixels (n, h, w, c) float in 0..255 -> logits or log-probabilities (n, k)."""
 
+FOOLED = 1e-3
+"""A margin that no rounding takes back; an attack that stops earlier may find its image judged right."""
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits (n, k), labels (n,) -> (n,) to be maximised; an image counts as fooled by its label, not by the loss."""
 
@@ -85,7 +88,7 @@ def margin_pgd(
     step = epsilon / 8 if step_size is None else step_size
     best, best_margin = pixels.clone(), torch.full((len(pixels),), float("-inf"), device=pixels.device)
     for restart in range(restarts):
-        for todo in torch.nonzero((best_margin <= 0) | (not until_fooled)).squeeze(1).split(batch_size):
+        for todo in torch.nonzero((best_margin <= FOOLED) | (not until_fooled)).squeeze(1).split(batch_size):
             clean, labels = pixels[todo], y[todo]
             noise = torch.empty_like(clean).uniform_(-epsilon, epsilon, generator=generator) * (restart > 0)
             x = (clean + noise).clamp(0, 255)
@@ -94,7 +97,7 @@ def margin_pgd(
                 found = margin(logits(x), labels)
                 better = found.detach() > best_margin[todo]
                 best[todo[better]], best_margin[todo[better]] = x.detach()[better], found.detach()[better]
-                if iteration == steps or (until_fooled and bool((best_margin[todo] > 0).all())):
+                if iteration == steps or (until_fooled and bool((best_margin[todo] > FOOLED).all())):
                     break
                 (gradient,) = torch.autograd.grad(found.sum(), x)
                 x = project(x.detach() + step * gradient.nan_to_num(0.0).sign(), clean, epsilon)

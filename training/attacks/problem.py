@@ -66,7 +66,7 @@ class Problem:
 
 
 Attack = Callable[[Problem], Tensor]
-"""A problem -> adversarial pixels (n, h, w, c), one for each image, inside the ball; the best that was met."""
+"""A problem -> adversarial pixels (n, h, w, c), one for each image, inside the ball."""
 
 
 def _not_finite(values: Tensor) -> int:

@@ -1,6 +1,6 @@
 """The instrument: attack a bundle's ensembles, keep all that was found, and say what it proves.
 
-attack.py, ablate.py, endpoint.py, report.py, evaluate.py    the commands
+attack.py, ablate.py, report.py, evaluate.py    the commands; queries.py is attack --endpoint
 subjects.py    which systems are attacked: the ensemble, its members, every subset, controls
 suites.py      by which attacks, for how long
 campaign.py    the folder of a run: its units of work, done once each, by however many processes

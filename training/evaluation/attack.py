@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="a local folder, or another hub id, in place of the recipe's data source")
     parser.add_argument(
         "--suite", choices=SUITES, default="quick",
-        help="smoke: seconds, proves nothing; quick: minutes; standard: the whole protocol, to publish (default: %(default)s)",
+        help="smoke: seconds, proves nothing; quick: minutes; standard: hours, for figures to publish (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--images", type=int, help="test images, the first n of a seeded shuffle (default: the suite's)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of every start (default: %(default)s)")
@@ -78,6 +78,8 @@ def open_campaign(args: argparse.Namespace) -> Campaign:
     """The campaign that the options describe, begun or gone on with."""
     if args.jobs < 1:
         raise TrainingRefused(f"--jobs: expected 1 or more, got {args.jobs}")
+    if args.jobs > 1 and args.shard != (1, 1):
+        raise TrainingRefused("--jobs makes shards of its own: expected --jobs or --shard, got both")
     if args.images is not None and args.images < 1:
         raise TrainingRefused(f"--images: expected 1 or more, got {args.images}")
     if args.threads:
@@ -158,7 +160,7 @@ def _side_by_side(args: argparse.Namespace) -> int:
     finally:
         for process in running:
             process.terminate()
-    return max(codes)
+    return max(map(abs, codes))  # a negative one was killed
 
 
 def _shard(text: str) -> tuple[int, int]:

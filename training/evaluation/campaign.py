@@ -15,6 +15,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from torch import Tensor
 
 from models.bundle import Bundle
 from models.composition import compose
+from models.ensemble import is_finite
 from training.attacks.pgd import to_uint8
 from training.attacks.problem import Findings, Problem
 from training.data import Images, Splits
-from training.evaluation.subjects import Subject, canonical
+from training.evaluation.subjects import FULL, Subject, canonical
 from training.evaluation.suites import CONTROL, Entry, Suite
+from training.export import commit
 from training.refused import TrainingRefused
 from training.system import Members, System, load_networks
 
@@ -67,9 +70,10 @@ class Found:
     start: int
     stop: int
     outputs: Mapping[str, Outputs]  # version -> member -> logits
-    losses: int
+    losses: int  # images for which an answer was not finite
     gradients: int
     seconds: float
+    commit: str  # of the code that attacked
 
 
 class Campaign:
@@ -108,6 +112,8 @@ class Campaign:
 
     def owner(self, subject: Subject, entry: Entry) -> Subject:
         """The first system for which this attack is the very same work: a voter without a share changes nothing."""
+        if subject.control:
+            return subject
         key = entry.identity(self.system(subject))
         others = (other for other in canonical(self.bundle.manifest) if entry.applies(self.system(other)))
         return next((other for other in others if entry.identity(self.system(other)) == key), subject)
@@ -116,8 +122,7 @@ class Campaign:
         system = self.system(subject)
         if subject.control:
             return entry.name == CONTROL
-        whole = len(system.ensemble.members) == len(self.members.networks)
-        return entry.applies(system) and (whole or not entry.sanity)
+        return entry.applies(system) and (subject.name == FULL or not entry.sanity)
 
     def done(self, unit: Unit) -> bool:
         return (self._units / unit.file).is_file()
@@ -137,7 +142,13 @@ class Campaign:
         tensors = {"delta": delta.cpu().contiguous()}
         for version, pixels in versions.items():
             tensors |= {f"{version}.{name}": output for name, output in self.outputs(pixels).items()}
-        record = {"losses": findings.losses, "gradients": findings.gradients, "seconds": round(time.monotonic() - started, 2)}
+        odd = sum(int((~is_finite(tensors[f"{FLOAT}.{name}"])).sum()) for name in self.members.networks)
+        record = {
+            "losses": findings.losses + odd,
+            "gradients": findings.gradients,
+            "seconds": round(time.monotonic() - started, 2),
+            "commit": commit(),
+        }
         write_whole(self._units / unit.file, save(tensors, {"found": json.dumps(record)}))
 
     def outputs(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -148,17 +159,15 @@ class Campaign:
 
     def found(self, unit: Unit) -> Found:
         """What a unit that is done has kept, but for the images."""
-        with self._open(unit) as file:
-            outputs = {
-                version: {name: file.get_tensor(f"{version}.{name}") for name in self.members.networks}
-                for version in (FLOAT, ROUNDED)
-            }
+        names = self.members.networks
+        with self._opened(unit) as file:
+            outputs = {version: {name: file.get_tensor(f"{version}.{name}") for name in names} for version in (FLOAT, ROUNDED)}
             return Found(unit.start, unit.stop, outputs, **json.loads(file.metadata()["found"]))
 
     def adversarial(self, unit: Unit, version: str) -> NDArray[Any]:
         """The adversarial pixels (n, h, w, c) of a unit that is done: float32, or uint8 as they are served."""
         clean = torch.from_numpy(self.images.pixels[unit.start : unit.stop]).float()
-        with self._open(unit) as file:
+        with self._opened(unit) as file:
             found = _restored(clean, torch.from_numpy(file.get_tensor("delta")))
         return (found if version == FLOAT else to_uint8(found, clean)).numpy()
 
@@ -177,14 +186,14 @@ class Campaign:
     def _units(self) -> Path:
         return self.folder / "units"
 
-    def _open(self, unit: Unit) -> Any:
+    @contextmanager
+    def _opened(self, unit: Unit) -> Iterator[Any]:
         path = self._units / unit.file
         try:
-            return safe_open(path, "np")
-        except (OSError, SafetensorError) as error:
-            raise CampaignRefused(
-                f"{path}: expected a unit of this campaign, got {error}; delete it, and it is done again"
-            ) from error
+            with safe_open(path, "np") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CampaignRefused(f"{path}: expected a unit of this campaign, got {error}; delete it to do it again") from error
 
     def _claim(self) -> None:
         """Say whose folder this is; refuse one that is another campaign's."""
@@ -195,18 +204,18 @@ class Campaign:
             "n": len(self.index),
             "epsilon": self.epsilon,
             "suite": self.suite.name,
+            "attacks": self.suite.digest,
             "seed": self.seed,
             "images": hashlib.sha256(self.index.tobytes()).hexdigest(),
         }
         path = self.folder / "campaign.json"
-        if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if differing := [key for key in identity if identity[key] != there.get(key)]:
-                key = differing[0]
-                came = f"expected {key} {identity[key]}, got {there.get(key)}"
-                raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another --out")
-            return
-        write_whole(path, json.dumps(identity, indent=1).encode())
+        if not path.is_file():
+            write_whole(path, json.dumps(identity, indent=1).encode())
+        there = json.loads(path.read_text(encoding="utf-8"))  # which another process may have written at the same time
+        if differing := [key for key in identity if identity[key] != there.get(key)]:
+            key = differing[0]
+            came = f"expected {key} {identity[key]}, got {there.get(key)}"
+            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another --out")
 
 
 def _restored(clean: Tensor, delta: Tensor) -> Tensor:

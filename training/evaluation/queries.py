@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import sys
 import threading
 import zlib
@@ -29,7 +30,7 @@ from training.attacks.query import ATTACKS, Attacker, Over, OwnDraws, QueryAttac
 from training.data import Images
 from training.endpoint import FLIGHTS, Endpoint, EndpointRefused, Pixels, parts_served
 from training.evaluation.campaign import ROUNDED, Campaign, Unit, write_whole
-from training.evaluation.scores import answer, share
+from training.evaluation.scores import REVIEW, answer, share
 from training.evaluation.subjects import canonical
 from training.progress import counted
 from training.refused import TrainingRefused
@@ -194,6 +195,10 @@ def through_endpoint(args: argparse.Namespace, campaign: Campaign) -> int:
         raise TrainingRefused(f"--query-images: expected 1 or more, got {args.query_images}")
     manifest, images = campaign.bundle.manifest, campaign.images.take(np.arange(min(args.query_images, len(campaign.images))))
     with Endpoint(args.endpoint, args.ensemble, Disclosure[args.disclosure.upper()]) as endpoint:
+        if not math.isclose(endpoint.served.rates.review, REVIEW, rel_tol=1e-3) and endpoint.served.detectors:
+            raise TrainingRefused(
+                f"{args.endpoint}: figures are given at a review rate of {REVIEW:g}, got {endpoint.served.rates.review:g}"
+            )
         for name in args.query_attacks:
             attack = QueryAttack(name, campaign.epsilon, args.queries, args.seed)
             queries = QueryCampaign(campaign.folder, endpoint, manifest, images, attack)

@@ -21,6 +21,7 @@ from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
 from training.evaluation.suites import Access
 
 Bools = NDArray[np.bool_]
+REVIEW, REJECT = 0.05, 0.01  # the clean rejection rates that figures are given at
 
 
 class Outcome(IntEnum):

@@ -25,7 +25,7 @@ class Subject:
 
 def of_members(manifest: Manifest, members: Sequence[str]) -> Subject:
     """The ensemble of these classifiers alone, under the rule fitted for them; `full` if they are all there are."""
-    others = tuple(member.name for member in manifest.members if member.name not in members)
+    others = tuple(name for name in manifest.classifiers if name not in members)
     name = "+".join(members) if others else FULL
     return Subject(name, EnsembleChoice(name, without=others))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -61,12 +62,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """`single` is what a system of one classifier is put to beside; the rest makes sense for several only."""
+    """Attacks in their order."""
 
     name: str
     entries: tuple[Entry, ...]
     images: int  # by default
-    publishable: bool  # the protocol's whole list; what is measured with less says so
+    publishable: bool  # all that we have of the protocol's list; what is measured with less says so
+
+    @property
+    def digest(self) -> str:
+        """Of every attack and its settings: what was begun with others is not gone on with."""
+        described = [f"{e.name} {_described(e.attack)} {e.epsilon_factor} {e.images} {e.sanity}" for e in self.entries]
+        return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
 
 
 def suite(name: str) -> Suite:
@@ -106,13 +113,15 @@ def _suite(
         Entry("logits-pgd", partial(surrogate, rule=RuleName.LOG_POOL, steps=steps, restarts=1), applies=several),
         Entry("probabilities-pgd", partial(surrogate, rule=RuleName.SOFT, steps=steps, restarts=1), applies=several),
         Entry("votes-pgd", partial(surrogate, rule=RuleName.MAJORITY, steps=steps, restarts=1), applies=several),
-        Entry("narrow-edges-pgd", _elsewhere(partial(narrow_edges, factor=0.5), once), applies=hears_edges),
-        Entry("soft-edges-pgd", _elsewhere(partial(soft_edges, factor=1.0), once), applies=hears_edges),
+        Entry("narrow-edges-pgd", partial(_elsewhere, change=partial(narrow_edges, factor=0.5), attack=once), applies=hears_edges),
+        Entry("soft-edges-pgd", partial(_elsewhere, change=partial(soft_edges, factor=1.0), attack=once), applies=hears_edges),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
     ]
     if fab:
+        low = partial(joint, steps=steps, weights=weights, accepted_at="reject")
+        entries.append(Entry("joint-below-1%", low, applies=screened, aims="everything"))
         entries.append(Entry("fab-targeted", partial(fab_targeted, iterations=fab, targets=targets)))
     if curve:
         entries.append(Entry("longer-margin-pgd", partial(whole_system, steps=4 * steps, restarts=1), images=curve, sanity=True))
@@ -125,13 +134,16 @@ def _suite(
     return Suite(name, tuple(entries), images, publishable=bool(fab))
 
 
-def _elsewhere(change: Callable[[System], System], attack: Attack) -> Attack:
-    """The attack on a changed system, which the images must fool the real one after."""
+def _elsewhere(problem: Problem, change: Callable[[System], System], attack: Attack) -> Tensor:
+    """The attack on a changed system; its images must then fool the real one."""
+    return attack(problem.against(change(problem.system)))
 
-    def run(problem: Problem) -> Tensor:
-        return attack(problem.against(change(problem.system)))
 
-    return run
+def _described(function: Callable[..., object]) -> str:
+    if not isinstance(function, partial):
+        return function.__name__
+    settings = (f"{key}={_described(value) if callable(value) else repr(value)}" for key, value in function.keywords.items())
+    return f"{function.func.__name__}({', '.join(settings)})"
 
 
 def _has_several_voters(system: System) -> bool:
