@@ -53,7 +53,7 @@ def system(
     accurate: str = "",
     weights: Mapping[str, float] | None = None,
 ) -> System:
-    """Every network votes, `accurate` as the accurate one; with clean images, their disagreement is a detector calibrated on those."""
+    """Every network votes, `accurate` as the accurate one; with clean images, disagreement is a detector calibrated on them."""
     members = Members({name: network.eval().requires_grad_(False) for name, network in networks.items()}, 0)
     share = weights or dict.fromkeys(networks, 1 / len(networks))
     voters = tuple(Voter(name, 1.0, "accurate" if name == accurate else "robust", share[name]) for name in networks)
