@@ -224,12 +224,14 @@ def _refuse_twice(what: str, names: Iterable[str]) -> None:
 
 
 def content_version(document: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits over all that the manifest says but its version and the time it was made.
+    """Twelve hexadecimal digits over all that the manifest says but its version, its documents and the time it was made.
+
+    Documents change nothing that a bundle answers: one that is given its robustness card stays the version it was.
 
     Taken over the JSON as written, so that a later field with a default leaves the versions of older bundles alone.
     """
     provenance = {key: value for key, value in document["provenance"].items() if key != "created"}
-    content = {**{key: value for key, value in document.items() if key != "version"}, "provenance": provenance}
+    content = {**{key: value for key, value in document.items() if key != "version"}, "provenance": provenance, "documents": []}
     return _digest(content)
 
 

@@ -121,7 +121,7 @@ def subset(i: int) -> SubsetCard:
 
 def matrix(diagonal: float, rest: float) -> Matrix:
     values = [[diagonal if i == j else rest - 0.07 * abs(i - j) for j in range(4)] for i in range(4)]
-    return Matrix(names=MEMBERS, values=tuple(map(tuple, values)), n=200)
+    return Matrix(names=MEMBERS, values=tuple(map(tuple, values)), n=1000)
 
 
 def worths() -> Iterator[Worth]:

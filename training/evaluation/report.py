@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that chose the campaign, and where the report goes."""
     attack.add_arguments(parser)
     parser.add_argument("--html", type=Path, help="where the report goes (default: report.html in the campaign's folder)")
-    parser.add_argument("--embed", action="store_true", help="put the card into the bundle, whose version changes with it")
+    parser.add_argument("--embed", action="store_true", help="put the card into the bundle")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.embed:
         parts = campaign.bundle.parts()
         written = write_bundle(args.bundle, replace(parts, documents={**parts.documents, CARD_FILE: encode_card(card)}))
-        print(f"{args.bundle}: now version {written.manifest.version}, with the card")
+        print(f"{args.bundle}: version {written.manifest.version}, now with the card")
     for check in card.checks:
         if not check.passed:
             print(f"FAILED: {check.name}: {check.measured}", file=sys.stderr)
