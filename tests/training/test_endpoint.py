@@ -116,16 +116,20 @@ def test_a_busy_server_is_asked_again(bundle: Path, graphs: GraphCache) -> None:
         yield pb.ClassifyStreamRequest(image=raw(random_pixels(1)[0]))
         leave.wait()
 
-    with serving(bundle, graphs, ensembles={"full": {}}, limits={"max_concurrent_calls": 1}) as busy:
-        with Endpoint(str(busy.server.address)) as endpoint, ThreadPoolExecutor(1) as pool:
-            try:
-                next(busy.native.ClassifyStream(silent()))
-                answers = pool.submit(endpoint.answers, random_pixels(3))
-                while not any("RESOURCE_EXHAUSTED" in series for series in busy.scrape()):
-                    assert not answers.done()
-            finally:
-                leave.set()
-            assert len(answers.result().label) == 3
+    limits = {"max_concurrent_calls": 1}
+    with (
+        serving(bundle, graphs, ensembles={"full": {}}, limits=limits) as busy,
+        Endpoint(str(busy.server.address)) as endpoint,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        try:
+            next(busy.native.ClassifyStream(silent()))
+            answers = pool.submit(endpoint.answers, random_pixels(3))
+            while not any("RESOURCE_EXHAUSTED" in series for series in busy.scrape()):
+                assert not answers.done()
+        finally:
+            leave.set()
+        assert len(answers.result().label) == 3
 
 
 def test_the_score_is_the_margin_and_what_the_p_value_lacks() -> None:
