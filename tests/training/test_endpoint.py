@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,8 @@ from models.composition import EnsembleChoice, compose
 from models.manifest import InputSpec, Manifest
 from service.config import Disclosure
 from service.graph_cache import GraphCache
-from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from tests.bundles import random_images, write_tiny_bundle
-from tests.service.serving import Running, random_pixels, raw, serving
+from tests.service.serving import Running, random_pixels, serving
 from training.attacks.query import ATTACKS, QueryAttack, short_of_winning
 from training.data import Images
 from training.endpoint import Answers, Endpoint, EndpointRefused
@@ -106,30 +103,6 @@ def test_a_caller_who_sees_the_class_only_takes_every_answer_for_an_acceptance(a
     assert blind.p_value is None
     assert blind.probabilities is None
     assert seeing.probabilities is None
-
-
-def test_a_busy_server_is_asked_again(bundle: Path, graphs: GraphCache) -> None:
-    """A silent stream has the only place there is, until the server is known to have sent a caller away."""
-    leave = threading.Event()
-
-    def silent() -> Iterator[pb.ClassifyStreamRequest]:
-        yield pb.ClassifyStreamRequest(image=raw(random_pixels(1)[0]))
-        leave.wait()
-
-    limits = {"max_concurrent_calls": 1}
-    with (
-        serving(bundle, graphs, ensembles={"full": {}}, limits=limits) as busy,
-        Endpoint(str(busy.server.address)) as endpoint,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        try:
-            next(busy.native.ClassifyStream(silent()))
-            answers = pool.submit(endpoint.answers, random_pixels(3))
-            while not any("RESOURCE_EXHAUSTED" in series for series in busy.scrape()):
-                assert not answers.done()
-        finally:
-            leave.set()
-        assert len(answers.result().label) == 3
 
 
 def test_the_score_is_the_margin_and_what_the_p_value_lacks() -> None:
