@@ -108,9 +108,9 @@ class _Stream:
                         break
                     self._entries.put(self._enter(request))
         finally:
-            self._entries.put(None)
             if self._over.is_set():  # while it read the last request
                 self._abandon()
+            self._entries.put(None)  # last, or it would be abandoned, too, and the stream wait for what never comes
 
     def _end(self) -> None:
         self._over.set()

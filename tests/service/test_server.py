@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -327,6 +328,27 @@ def test_a_stream_that_asks_nothing_gives_its_place_back(tiny_bundle: Path, grap
         with pytest.raises(grpc.RpcError, match="ABORTED.*no request came for 0.2 s".replace(".*", r"[\s\S]*")):
             next(first)
         assert running.native.Classify(request(random_pixels(1))).results
+
+
+def test_a_stream_that_its_caller_cancels_gives_its_place_back_at_once(
+    tiny_bundle: Path, graphs: GraphCache, hold: threading.Event
+) -> None:
+    """And not when it has been silent for too long, which is minutes by default."""
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest(image=raw(random_pixels(1)[0]))
+        hold.wait()
+
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits={"max_concurrent_calls": 1}) as running:
+        for _ in range(5):  # whether the end of a stream is seen was once a matter of who came first
+            stream = running.native.ClassifyStream(silent())
+            next(stream)
+            stream.cancel()
+            until, answered = time.monotonic() + 20, False
+            while not answered and time.monotonic() < until:
+                with contextlib.suppress(grpc.RpcError):  # while its place is taken
+                    answered = bool(running.native.Classify(request(random_pixels(1))).results)
+            assert answered
 
 
 def test_streams_leave_places_for_calls(tiny_bundle: Path, graphs: GraphCache, hold: threading.Event) -> None:
