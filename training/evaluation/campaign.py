@@ -88,6 +88,8 @@ class Campaign:
         self.index = np.random.default_rng(seed).permutation(len(splits.test))[:images]
         self.images = splits.test.take(self.index)
         self._systems: dict[str, System] = {}
+        self._found: dict[str, Found] = {}  # of units that were read: every ledger asks for all of them
+        self._clean: dict[str, Outputs] = {}
         self._claim()
 
     def system(self, subject: Subject) -> System:
@@ -159,10 +161,12 @@ class Campaign:
 
     def found(self, unit: Unit) -> Found:
         """What a unit that is done has kept, but for the images."""
-        names = self.members.networks
-        with self._opened(unit) as file:
-            outputs = {version: {name: file.get_tensor(f"{version}.{name}") for name in names} for version in (FLOAT, ROUNDED)}
-            return Found(unit.start, unit.stop, outputs, **json.loads(file.metadata()["found"]))
+        if unit.file not in self._found:
+            names = self.members.networks
+            with self._opened(unit) as file:
+                outputs = {version: {name: file.get_tensor(f"{version}.{name}") for name in names} for version in (FLOAT, ROUNDED)}
+                self._found[unit.file] = Found(unit.start, unit.stop, outputs, **json.loads(file.metadata()["found"]))
+        return self._found[unit.file]
 
     def adversarial(self, unit: Unit, version: str) -> NDArray[Any]:
         """The adversarial pixels (n, h, w, c) of a unit that is done: float32, or uint8 as they are served."""
@@ -179,8 +183,10 @@ class Campaign:
             parts = [self.outputs(torch.from_numpy(images.pixels[i : i + 256])) for i in range(0, len(images), 256)]
             whole = {name: torch.cat([part[name] for part in parts], dim=parts[0][name].ndim - 2) for name in self.members.networks}
             write_whole(path, save(whole))
-        with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in self.members.networks}, images.labels
+        if split not in self._clean:
+            with safe_open(path, "np") as file:
+                self._clean[split] = {name: file.get_tensor(name) for name in self.members.networks}
+        return self._clean[split], images.labels
 
     @property
     def _units(self) -> Path:

@@ -75,7 +75,7 @@ def build(
     subsets = every_subset(manifest)
     done = {unit.file for unit in units}
     ablated = len(subsets) > 1 and all(unit.file in done for unit in campaign.units(subsets))
-    comparisons = _comparisons(campaign, mains, counted)
+    comparisons = _comparisons(systems, counted)
     card = systems[-1]
     return Card(
         bundle=f"{manifest.name} {manifest.version}",
@@ -210,23 +210,18 @@ def _roc_curve(name: str, clean: NDArray[np.float32], attacked: NDArray[np.float
     )
 
 
-def _comparisons(campaign: Campaign, mains: Sequence[Subject], counted: Mapping[str, Ledger]) -> list[Comparison]:
-    """`full` against every member, the most robust first."""
-    if len(mains) == 1:
-        return []
-    full = mains[-1]
-    members = sorted(mains[:-1], key=lambda subject: -counted[subject.name].robust.mean())
-    return [compare(campaign, full, other, counted) for other in members]
+def _comparisons(systems: Sequence[SystemCard], counted: Mapping[str, Ledger]) -> list[Comparison]:
+    """The last system, which has all members, against every other, the most robust first."""
+    *members, full = systems
+    return [_compared(full, other, counted) for other in sorted(members, key=lambda system: -system.robust.value)]
 
 
-def compare(campaign: Campaign, one: Subject, other: Subject, counted: Mapping[str, Ledger]) -> Comparison:
+def _compared(one: SystemCard, other: SystemCard, counted: Mapping[str, Ledger]) -> Comparison:
     mine, theirs = counted[one.name].robust, counted[other.name].robust
     won, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
-    outputs, labels = campaign.clean("test")
-    clean = [float((answer(campaign.system(s).ensemble, outputs)[0] == labels).mean()) for s in (one, other)]
     return Comparison(
         system=one.name, other=other.name, robust=float(mine.mean() - theirs.mean()), won=won, lost=lost,
-        p_value=mcnemar(won, lost), clean=clean[0] - clean[1],
+        p_value=mcnemar(won, lost), clean=one.clean.value - other.clean.value,
     )  # fmt: skip
 
 
