@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from models.durable import leftover, replace_folder
+from models.ensemble import DetectorName
 from models.manifest import (
     MANIFEST_FILE,
     CalibrationFile,
@@ -110,6 +111,7 @@ class BundleParts:
     calibration_fingerprint: str
     samples: Samples
     provenance: Provenance
+    deciding: Sequence[DetectorName] | None = None  # detectors that the verdict hangs on; None: all
     licenses: Mapping[str, str] = field(default_factory=dict)  # what it covers -> SPDX name
     documents: Mapping[str, bytes] = field(default_factory=dict)  # file name -> content, as LICENSES or CARD.md
 
@@ -125,6 +127,7 @@ class BundleParts:
             classes=tuple(self.classes),
             members=described,
             subsets=tuple(self.subsets),
+            deciding=None if self.deciding is None else tuple(self.deciding),
             masks=MasksSpec(seed=self.masks_seed),
             calibration=CalibrationFile(
                 file=CALIBRATION_FILE,
@@ -177,6 +180,7 @@ class Bundle:
                 for member in manifest.members
             ],
             subsets=manifest.subsets,
+            deciding=manifest.deciding,
             masks_seed=manifest.masks.seed,
             calibration=self.calibration,
             calibration_source=manifest.calibration.source,

@@ -71,7 +71,7 @@ class SystemCard(_Frozen):
     name: str
     members: tuple[str, ...]  # those that vote
     rule: str
-    detectors: tuple[str, ...]  # their names
+    detectors: tuple[str, ...]  # the names of those that decide
     clean: Share  # of the whole test split
     clean_rejected_5: Share | None  # of the whole test split; None without detectors
     clean_rejected_1: Share | None
@@ -271,7 +271,8 @@ def measured_on(card: Card, manifest: Manifest, ensemble: Ensemble) -> SystemCar
         return None
     if ensemble.detectors and max(len(stochastic), len(centered)) > 1:
         return None
-    voters, detectors = sorted(voter.name for voter in ensemble.voters), sorted(each.name for each in ensemble.detectors)
+    voters = sorted(voter.name for voter in ensemble.voters)
+    detectors = sorted(detector.name for detector in ensemble.detectors if detector.decides)
     for system in card.systems:
         if (sorted(system.members), system.rule, sorted(system.detectors)) == (voters, ensemble.rule, detectors):
             return system

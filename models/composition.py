@@ -26,7 +26,6 @@ from models.ensemble import (
     scores,
     surprise,
 )
-from models.log_probability import first_largest
 from models.manifest import Role
 
 NEEDS = {
@@ -34,6 +33,7 @@ NEEDS = {
     DetectorName.VARIANCE: "a stochastic member with the role detector",
     DetectorName.DISAGREEMENT: "two classifiers or more",
     DetectorName.DISTANCE: "a member with class centers and the role detector",
+    DetectorName.MARGIN: "a classifier",
 }
 
 
@@ -49,7 +49,7 @@ class EnsembleChoice:
     without: tuple[str, ...] = ()  # these members are absent, and with them every detector that needs them
     roles: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)  # instead of those in the manifest
     rule: RuleName | None = None  # None: the one found best for the classifiers present
-    detectors: tuple[str, ...] | None = None  # None: all that the members present can feed
+    detectors: tuple[str, ...] | None = None  # all of these decide; None: all there are, and the manifest says which decide
     review_rate: float = 0.05
     reject_rate: float = 0.01
     masks: Literal["fixed", "fresh"] = "fixed"
@@ -71,11 +71,11 @@ def calibrate(ensemble: Ensemble, outputs: CalibrationOutputs) -> Ensemble:
         return ensemble
     readings = {name: _reading(outputs, name, ensemble.masks) for name in ensemble.members}
     votes = log_votes(ensemble, readings)
-    label = first_largest(np.exp(combine(ensemble, votes)))
-    found = [rankable(score) for score in scores(ensemble, readings, votes, label)]
+    found = [rankable(score) for score in scores(ensemble, readings, votes, combine(ensemble, votes))]
     tables = tuple(np.sort(score) for score in found)
     # Every image is ranked as a new one is, against the others: 1 + #{others >= its score}, the 1 being itself.
-    ranks = [at_least(table, score) for table, score in zip(tables, found, strict=True)]
+    triples = zip(ensemble.detectors, tables, found, strict=True)
+    ranks = [at_least(table, score) for detector, table, score in triples if detector.decides]
     statistic: Floats = np.sum([surprise(rank / len(outputs)) for rank in ranks], axis=0, dtype=np.float32)
     return replace(ensemble, tables=tables, combined=np.sort(statistic))
 
@@ -103,7 +103,7 @@ def _resolve(bundle: Bundle, choice: EnsembleChoice) -> Ensemble:
         rule=row.rule if choice.rule is None else choice.rule,
         alpha=row.alpha,
         scale=row.scale,
-        detectors=_detectors(voting, listening, choice),
+        detectors=_detectors(voting, listening, choice, manifest.deciding),
         review_rate=choice.review_rate,
         reject_rate=choice.reject_rate,
         masks=choice.masks,
@@ -139,9 +139,12 @@ def _own_roles(member: MemberManifest) -> tuple[Role, ...]:
 
 
 def _detectors(
-    voting: Sequence[MemberManifest], listening: Sequence[MemberManifest], choice: EnsembleChoice
+    voting: Sequence[MemberManifest],
+    listening: Sequence[MemberManifest],
+    choice: EnsembleChoice,
+    deciding: Sequence[DetectorName] | None,
 ) -> tuple[Detector, ...]:
-    """Those asked for, in the order of DetectorName."""
+    """Those asked for, in the order of DetectorName; all decide that were asked for by name."""
     _check_names("detectors", choice.detectors or (), list(DetectorName))
     stochastic = [member.name for member in listening if member.stochastic]
     fed_by: dict[DetectorName, list[str | None]] = {
@@ -149,6 +152,7 @@ def _detectors(
         DetectorName.VARIANCE: [*stochastic],
         DetectorName.DISAGREEMENT: [None] if len(voting) > 1 else [],
         DetectorName.DISTANCE: [member.name for member in listening if member.centers],
+        DetectorName.MARGIN: [None],
     }
     detectors = []
     for name, sources in fed_by.items():
@@ -159,7 +163,10 @@ def _detectors(
             raise InvalidEnsemble(f"detector {name}: expected {NEEDS[name]}, got {_listed(present)}")
         if len(sources) > 1:
             raise InvalidEnsemble(f"detector {name}: expected one member to feed it, got {_listed(map(str, sources))}")
-        detectors += [Detector(name, source) for source in sources]
+        decides = choice.detectors is not None or deciding is None or name in deciding
+        detectors += [Detector(name, source, decides) for source in sources]
+    if not any(detector.decides for detector in detectors):  # those that would are not fed: better all than none
+        detectors = [replace(detector, decides=True) for detector in detectors]
     return tuple(detectors)
 
 

@@ -55,6 +55,7 @@ class DetectorName(StrEnum):
     VARIANCE = "variance"
     DISAGREEMENT = "disagreement"
     DISTANCE = "distance"
+    MARGIN = "margin"
 
 
 class Verdict(IntEnum):
@@ -83,7 +84,8 @@ class Voter:
 @dataclass(frozen=True)
 class Detector:
     name: DetectorName
-    member: str | None = None  # None for disagreement, which is among the voters
+    member: str | None = None  # None for disagreement and margin, which all voters feed
+    decides: bool = True  # whether the verdict hangs on it; otherwise its p-value is told, and no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ class Decision:
     votes: Array  # (N, M, K) float32, every voter's own probabilities
     scores: Array  # (N, D) float32, higher is more suspicious
     p_values: Array  # (N, D) float32
-    statistic: Array  # (N,) float32, -sum log p
+    statistic: Array  # (N,) float32, -sum log p over the detectors that decide
     p_value: Array  # (N,) float32, of the statistic; 1 without detectors
     verdict: Array  # (N,) int64, a Verdict
     reason: Array  # (N,) int64, a Reason
@@ -156,9 +158,10 @@ def decide(ensemble: Ensemble, outputs: Mapping[str, Array]) -> Decision:
     finite = reduce(and_, map(is_finite, present.values()))
     readings = {name: read(logits) for name, logits in present.items()}
     votes = log_votes(ensemble, readings)
-    probabilities = xp.exp(combine(ensemble, votes))
+    combined = combine(ensemble, votes)
+    probabilities = xp.exp(combined)
     label = first_largest(probabilities)
-    found = scores(ensemble, readings, votes, label)
+    found = scores(ensemble, readings, votes, combined)
     screening = screen(ensemble, found, finite)
     return Decision(
         probabilities=probabilities,
@@ -284,34 +287,56 @@ def mixed(ensemble: Ensemble, votes: Array) -> Array:
 # Detection
 
 
-def scores(ensemble: Ensemble, readings: Mapping[str, Reading], votes: Array, label: Array) -> list[Array]:
-    """Every detector's score, D of (N,), higher is more suspicious.  label (N,): the ensemble's."""
-    return [score(detector, readings, votes, label) for detector in ensemble.detectors]
+def scores(ensemble: Ensemble, readings: Mapping[str, Reading], votes: Array, combined: Array) -> list[Array]:
+    """Every detector's score, D of (N,), higher is more suspicious.  combined (N, K): the ensemble's log-probabilities."""
+    label = array_namespace(combined).expand_dims(first_largest(array_namespace(combined).exp(combined)), axis=-1)
+    return [score(detector, readings, votes, combined, label) for detector in ensemble.detectors]
 
 
-def score(detector: Detector, readings: Mapping[str, Reading], votes: Array, label: Array) -> Array:
-    if detector.member is None:
-        return divergence(votes, 1)
-    reading = readings[detector.member]
+def score(detector: Detector, readings: Mapping[str, Reading], votes: Array, combined: Array, label: Array) -> Array:
+    """One detector's score (N,).  label (N, 1): the ensemble's."""
+    xp = array_namespace(combined)
     match detector.name:
         case DetectorName.MUTUAL_INFORMATION:
-            return reading.mutual_information
+            return readings[_fed(detector)].mutual_information
         case DetectorName.VARIANCE:
-            return reading.variance
-        case _:  # DISTANCE to the center of the predicted class: the logits are negative squared distances
-            xp = array_namespace(label)
-            return -xp.squeeze(xp.take_along_axis(reading.logits, xp.expand_dims(label, axis=-1), axis=-1), axis=-1)
+            return readings[_fed(detector)].variance
+        case DetectorName.DISAGREEMENT:
+            return divergence(votes, 1)
+        case DetectorName.DISTANCE:  # to the center of the label's class: the logits are negative squared distances
+            return -xp.squeeze(xp.take_along_axis(readings[_fed(detector)].logits, label, axis=-1), axis=-1)
+        case DetectorName.MARGIN:
+            return runner_up(combined, label)
+
+
+def runner_up(log_p: Array, label: Array) -> Array:
+    """p_second / p_first, 1 where two classes tie: the exponential of the margin between them, negated.
+
+    To be sure of a wrong class costs an attacker what it costs to get there, which is not so of the other scores.
+    log_p (N, K), label (N, 1) -> (N,).
+    """
+    xp = array_namespace(log_p)
+    classes = xp.arange(0, log_p.shape[-1], device=device(log_p))
+    others = largest(xp.where(classes == label, NEVER, log_p), -1)
+    return xp.exp(xp.squeeze(others - xp.take_along_axis(log_p, label, axis=-1), axis=-1))
+
+
+def _fed(detector: Detector) -> str:
+    if detector.member is None:
+        raise ValueError(f"{detector.name}: expected a member to feed it, got none")
+    return detector.member
 
 
 def screen(ensemble: Ensemble, found: Sequence[Array], finite: Array) -> Screening:
-    """From scores (D of (N,)) to p-values, and to a verdict on the statistic -sum log p."""
+    """From scores (D of (N,)) to p-values, and to a verdict on the statistic, -sum log p over those that decide."""
     xp = array_namespace(finite)
     n = len(ensemble.combined)
     none = xp.astype(finite, xp.int64) * 0
     # What is not finite ranks beyond every calibration image: whatever its score would have been, it must not pass.
     counts = [xp.where(finite, at_least(t, rankable(s)), 0) for t, s in zip(ensemble.tables, found, strict=True)]
     surprises = xp.asarray(ensemble.surprises, device=device(finite))
-    statistic = sum((xp.take(surprises, count, axis=0) for count in counts), start=xp.astype(none, xp.float32))
+    deciding = [count for detector, count in zip(ensemble.detectors, counts, strict=True) if detector.decides]
+    statistic = sum((xp.take(surprises, count, axis=0) for count in deciding), start=xp.astype(none, xp.float32))
     if counts:
         beyond = at_least(ensemble.combined, statistic)
         low = xp.astype(beyond < resolved(ensemble.review_rate, n), xp.int64)

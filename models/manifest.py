@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from models.ensemble import RuleName
+from models.ensemble import DetectorName, RuleName
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -161,6 +161,9 @@ class Manifest(_Frozen):
     classes: tuple[Line, ...] = Field(min_length=2, max_length=32767)
     members: tuple[MemberManifest, ...] = Field(min_length=1)
     subsets: tuple[SubsetRow, ...]
+    deciding: Annotated[tuple[DetectorName, ...], Field(min_length=1)] | None = (
+        None  # detectors that the verdict hangs on; None: all
+    )
     masks: MasksSpec
     calibration: CalibrationFile
     samples: SamplesFile
@@ -182,7 +185,7 @@ class Manifest(_Frozen):
     @property
     def subject(self) -> str:
         """Twelve hexadecimal digits over what decides answers: members, weights, rules, tables. Documents may come later."""
-        decisive = {"input", "classes", "members", "subsets", "masks", "calibration"}
+        decisive = {"input", "classes", "members", "subsets", "deciding", "masks", "calibration"}
         return _digest(self.model_dump(mode="json", include=decisive, exclude_defaults=True))
 
     def member(self, name: str) -> MemberManifest:

@@ -102,6 +102,7 @@ def _about(manifest: Manifest) -> Table:
         {
             "input": f"uint8 {image.height} × {image.width} × {image.channels}",
             "classes": f"{len(manifest.classes)}: {', '.join(manifest.classes)}",
+            "verdict hangs on": ", ".join(manifest.deciding) if manifest.deciding else "every detector",
             "calibration": f"{calibration.n:,} clean images from {calibration.source}",
             "finest reject rate": f"1/{calibration.n + 1} = {1 / (calibration.n + 1):.2g}",
             "samples": f"{manifest.samples.n} with expected outputs",

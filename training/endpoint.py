@@ -184,13 +184,13 @@ class Endpoint:
 
 def _parts_of(ensemble: Ensemble) -> str:
     voters = [(voter.name, voter.weight) for voter in ensemble.voters]
-    detectors = [(detector.name, detector.member or "") for detector in ensemble.detectors]
+    detectors = [(detector.name, detector.member or "") for detector in ensemble.detectors if detector.decides]
     return _parts(voters, (ensemble.rule, ensemble.alpha, ensemble.scale), detectors, ensemble.masks)
 
 
 def parts_served(served: pb.Ensemble) -> str:
     voters = [(member.name, member.weight) for member in served.members if member.votes]
-    detectors = [(detector.name, detector.member) for detector in served.detectors]
+    detectors = [(detector.name, detector.member) for detector in served.detectors if detector.decides]
     rule, masks = served.rule, "fresh" if served.masks == pb.MASKS_FRESH else "fixed"
     return _parts(voters, (rule.name, rule.alpha, rule.scale), detectors, masks)
 

@@ -104,6 +104,7 @@ def export_bundle(recipe: Recipe, splits: Splits, folder: Path, output: Path) ->
         classes=splits.classes,
         members=members,
         subsets=fitted.subsets,
+        deciding=recipe.calibration.deciding,
         masks_seed=recipe.seed,
         calibration=calibration_outputs(
             runs, _in_batches(splits.calibration.pixels), splits.calibration.labels.astype(np.int16), recipe.seed

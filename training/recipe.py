@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from models.ensemble import DetectorName
 from models.networks import NETWORKS
 from training.augment import Symmetry
 from training.refused import TrainingRefused
@@ -75,6 +76,9 @@ class CalibrationRecipe(Frozen):
     steps: int = Field(10, ge=1, description="steps of margin-PGD, one start")
     rounds: int = Field(2, ge=1, description="how often the fitted systems are attacked afresh and fitted again")
     clean_tolerance: float = Field(0.0, ge=0, description="how far clean accuracy may fall below the most robust member's")
+    deciding: tuple[DetectorName, ...] | None = Field(
+        (DetectorName.MARGIN,), min_length=1, description="detectors that the verdict hangs on, null: all; the others are told only"
+    )
     robust_slack: float = Field(0.004, ge=0, description="robust accuracy that may be given up for clean accuracy")
 
 

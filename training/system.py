@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.ensemble import Ensemble, Reading, RuleName, combine, decide, log_votes, read, reduce_masks, resolved, scores
-from models.log_probability import first_largest
 from models.masks import draw_masks
 from models.networks import build_network
 from models.networks.bayesian import BayesianNetwork
@@ -152,10 +151,11 @@ class System:
         readings = _read_all(outputs)
         votes = log_votes(self.ensemble, readings)
         log_p = combine(self.ensemble, votes)
-        found = scores(self.ensemble, readings, votes, first_largest(log_p.exp()))
+        found = scores(self.ensemble, readings, votes, log_p)
         statistic = torch.zeros_like(log_p[:, 0])
-        for (knots, heights), score in zip(self._stairs, found, strict=True):
-            statistic = statistic + _interpolated(knots, heights, score)
+        for detector, (knots, heights), score in zip(self.ensemble.detectors, self._stairs, found, strict=True):
+            if detector.decides:
+                statistic = statistic + _interpolated(knots, heights, score)
         with torch.no_grad():
             decision = decide(self.ensemble, {name: output.detach() for name, output in outputs.items()})
         return log_p, statistic, Judged(decision.label, decision.p_value)

@@ -20,7 +20,7 @@ def describe(served: Served, gate: Gate) -> pb.Ensemble:
         classes=manifest.classes,
         input=pb.InputSpec(height=served.spec.height, width=served.spec.width, channels=served.spec.channels),
         members=members,
-        detectors=[pb.Detector(name=detector.name, member=detector.member or "") for detector in ensemble.detectors],
+        detectors=[pb.Detector(name=d.name, member=d.member or "", decides=d.decides) for d in ensemble.detectors],
         rule=pb.Rule(name=ensemble.rule, alpha=ensemble.alpha, scale=ensemble.scale),
         rates=pb.Rates(review=ensemble.review_rate, reject=ensemble.reject_rate, calibration_images=manifest.calibration.n),
         bundle=pb.Bundle(name=manifest.name, version=manifest.version),

@@ -98,7 +98,7 @@ def test_paths_bytes_and_pixels_are_classified_together(client: Client) -> None:
     assert first.verdict in (Verdict.CLEAN, Verdict.SUSPECT, Verdict.REJECTED)
     assert first.trusted == (first.verdict is Verdict.CLEAN)
     assert {vote.member for vote in first.votes} == {"metric", "edge", "adversarial", "bayesian"}
-    assert len(first.detections) == 4
+    assert len(first.detections) == 5
     assert sum(first.probabilities) == pytest.approx(1, abs=1e-5)
     assert first.confidence == pytest.approx(max(first.probabilities))
     assert first.masks_seed is not None

@@ -31,6 +31,7 @@ DETECTORS = (
     Detector(DetectorName.VARIANCE, "bayesian"),
     Detector(DetectorName.DISAGREEMENT),
     Detector(DetectorName.DISTANCE, "metric"),
+    Detector(DetectorName.MARGIN),
 )
 
 

@@ -137,5 +137,5 @@ def test_a_detector_that_two_members_could_feed_has_no_figures(parts: BundlePart
     members[edge] = replace(members[edge], centers=True)
     twice = write_bundle(tmp_path / "bundle", replace(parts, members=members))
     ensemble = compose(twice, EnsembleChoice(name="served", roles={"edge": ("classifier",)}))
-    assert [detector.member for detector in ensemble.detectors] == ["bayesian", "bayesian", None, "metric"]
+    assert [detector.member for detector in ensemble.detectors] == ["bayesian", "bayesian", None, "metric", None]
     assert measured_on(tiny_card(twice.manifest), twice.manifest, ensemble) is None

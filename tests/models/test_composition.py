@@ -15,7 +15,7 @@ from models.masks import draw_masks
 from models.member_session import member_runs
 from tests.bundles import MASKS, MASKS_SEED, random_images, write_tiny_bundle
 
-MI, VARIANCE, DISAGREEMENT, DISTANCE = DetectorName
+MI, VARIANCE, DISAGREEMENT, DISTANCE, MARGIN = DetectorName
 N = 400  # calibration images
 
 
@@ -48,9 +48,10 @@ def test_by_default_an_ensemble_is_all_the_bundle_has(bundle: Bundle) -> None:
         Detector(VARIANCE, "bayesian"),
         Detector(DISAGREEMENT),
         Detector(DISTANCE, "metric"),
+        Detector(MARGIN),
     )
     assert (full.review_rate, full.reject_rate, full.masks) == (0.05, 0.01, "fixed")
-    assert [table.shape for table in (*full.tables, full.combined)] == [(N,)] * 5
+    assert [table.shape for table in (*full.tables, full.combined)] == [(N,)] * 6
 
 
 @pytest.mark.parametrize(
@@ -59,26 +60,26 @@ def test_by_default_an_ensemble_is_all_the_bundle_has(bundle: Bundle) -> None:
         pytest.param(
             {"without": ("edge",)},
             ["metric", "adversarial", "bayesian"],
-            [MI, VARIANCE, DISAGREEMENT, DISTANCE],
+            [MI, VARIANCE, DISAGREEMENT, DISTANCE, MARGIN],
             id="without a member that feeds no detector",
         ),
         pytest.param(
             {"without": ("bayesian",)},
             ["metric", "edge", "adversarial"],
-            [DISAGREEMENT, DISTANCE],
+            [DISAGREEMENT, DISTANCE, MARGIN],
             id="without the stochastic member there is no uncertainty",
         ),
-        pytest.param({"without": ("metric", "edge", "bayesian")}, ["adversarial"], [], id="one member alone has no detector"),
+        pytest.param({"without": ("metric", "edge", "bayesian")}, ["adversarial"], [MARGIN], id="one member alone has a margin"),
         pytest.param(
             {"roles": {"bayesian": ("detector",)}},
             ["metric", "edge", "adversarial"],
-            [MI, VARIANCE, DISAGREEMENT, DISTANCE],
+            [MI, VARIANCE, DISAGREEMENT, DISTANCE, MARGIN],
             id="a member that lost its vote still feeds its detectors",
         ),
         pytest.param(
             {"roles": {"bayesian": ("classifier",), "metric": ("classifier",)}},
             ["metric", "edge", "adversarial", "bayesian"],
-            [DISAGREEMENT],
+            [DISAGREEMENT, MARGIN],
             id="members that only vote feed no detector",
         ),
         pytest.param({"detectors": ()}, ["metric", "edge", "adversarial", "bayesian"], [], id="votes only"),
@@ -107,7 +108,36 @@ def test_a_member_that_neither_votes_nor_is_listened_to_is_absent(bundle: Bundle
 def test_centers_give_a_distance_even_where_the_manifest_names_no_detector(bundle: Bundle) -> None:
     members = [m.model_copy(update={"roles": ("classifier",)}) for m in bundle.manifest.members]
     bare = replace(bundle, manifest=bundle.manifest.model_copy(update={"members": tuple(members)}))
-    assert detectors(ask(bare)) == [DISAGREEMENT, DISTANCE]
+    assert detectors(ask(bare)) == [DISAGREEMENT, DISTANCE, MARGIN]
+
+
+def decided_by(bundle: Bundle, deciding: tuple[DetectorName, ...]) -> Bundle:
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"deciding": deciding}))
+
+
+def test_the_verdict_hangs_on_the_detectors_that_the_bundle_names(bundle: Bundle) -> None:
+    """The others are told, and change nothing."""
+    full, alone = ask(decided_by(bundle, (MARGIN,))), ask(bundle, detectors=("margin",))
+    assert detectors(full) == [MI, VARIANCE, DISAGREEMENT, DISTANCE, MARGIN]
+    assert [detector.name for detector in full.detectors if detector.decides] == [MARGIN]
+    np.testing.assert_array_equal(full.combined, alone.combined)
+    images = random_images(bundle.manifest.input, 50, seed=3)
+    masks = draw_masks(MASKS_SEED, MASKS.samples, MASKS.width, MASKS.keep)
+    runs = {name: run.logits(images, masks if run.stochastic else None) for name, run in member_runs(bundle).items()}
+    told, bare = decide(full, runs), decide(alone, runs)
+    assert told.p_values.shape == (50, 5)
+    for column in ("statistic", "p_value", "verdict", "label"):
+        np.testing.assert_array_equal(getattr(told, column), getattr(bare, column), err_msg=column)
+
+
+def test_detectors_asked_for_by_name_all_decide(bundle: Bundle) -> None:
+    chosen = ask(decided_by(bundle, (MARGIN,)), detectors=("distance", "margin"))
+    assert all(detector.decides for detector in chosen.detectors)
+
+
+def test_where_those_that_would_decide_are_not_fed_all_do(bundle: Bundle) -> None:
+    chosen = ask(decided_by(bundle, (MI,)), without=("bayesian",))
+    assert [(d.name, d.decides) for d in chosen.detectors] == [(DISAGREEMENT, True), (DISTANCE, True), (MARGIN, True)]
 
 
 def test_a_rule_may_be_chosen(bundle: Bundle) -> None:

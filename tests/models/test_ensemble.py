@@ -245,6 +245,13 @@ def test_the_distance_is_to_the_center_of_the_ensembles_class() -> None:
     assert decision.scores[0, 0] == 4
 
 
+def test_the_margin_is_the_runner_up_over_the_label() -> None:
+    alone = ensemble(RuleName.SOFT, VOTERS[2:3], (Detector(DetectorName.MARGIN),))
+    p = np.array([[0.6, 0.3, 0.1, 0, 0], [0.1, 0.2, 0.2, 0.45, 0.05], [0.4, 0.4, 0.2, 0, 0], [1, 0, 0, 0, 0]])
+    found = decide(alone, votes_as_outputs(p[:, None], VOTERS[2:3])).scores[:, 0]
+    np.testing.assert_allclose(found, [0.5, 0.2 / 0.45, 1, 0], rtol=1e-6)
+
+
 # What is not finite
 
 

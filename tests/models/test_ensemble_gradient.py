@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from models.ensemble import Ensemble, RuleName, combine, decide, log_votes, read, scores
-from models.log_probability import first_largest
 from tests.models.ensembles import VOTERS, K, ensemble, random_outputs
 
 N = 4
@@ -30,7 +29,7 @@ def evidence(under_test: Ensemble) -> Callable[..., tuple[Tensor, ...]]:
         readings = {name: read(output) for name, output in zip(NAMES, outputs, strict=True)}
         votes = log_votes(under_test, readings)
         log_p = combine(under_test, votes)
-        return (log_p, *scores(under_test, readings, votes, first_largest(log_p.exp())))
+        return (log_p, *scores(under_test, readings, votes, log_p))
 
     return forward
 
@@ -73,8 +72,8 @@ def test_a_class_of_probability_0_still_pulls(rule: RuleName) -> None:
 def test_scores_have_gradients_when_taken_from_the_decision() -> None:
     outputs = tensors(torch.float32)
     decision = decide(ensemble(RuleName.MIXED), dict(zip(NAMES, outputs, strict=True)))
-    assert decision.scores.shape == (N, 4)
-    for d in range(4):
+    assert decision.scores.shape == (N, 5)
+    for d in range(5):
         gradients = torch.autograd.grad(decision.scores[:, d].sum(), outputs, retain_graph=True, materialize_grads=True)
         assert any(gradient.abs().sum() > 0 for gradient in gradients)
     assert decision.probabilities.shape == (N, K)

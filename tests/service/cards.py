@@ -12,7 +12,7 @@ from models.manifest import MANIFEST_FILE, Manifest, decode_manifest
 from tests.bundles import tiny_parts
 
 ALL = ("adversarial", "bayesian", "edge", "metric")
-DETECTORS = ("mutual_information", "variance", "disagreement", "distance")
+DETECTORS = ("mutual_information", "variance", "disagreement", "distance", "margin")
 CONJECTURE = "full beat metric, its best member, by 4.0 points (McNemar p = 0.03, n = 300)."
 VANISHED = Check(name="gradients reach the image", passed=False, measured="zero on 12% of [images]")
 

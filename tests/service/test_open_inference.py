@@ -24,8 +24,8 @@ OUTPUTS = {
     "votes": ("FP32", [-1, 4, 10]),
     "p_value": ("FP32", [-1]),
     "statistic": ("FP32", [-1]),
-    "scores": ("FP32", [-1, 4]),
-    "p_values": ("FP32", [-1, 4]),
+    "scores": ("FP32", [-1, 5]),
+    "p_values": ("FP32", [-1, 5]),
     "masks_seed": ("INT64", [-1]),
 }
 

@@ -66,7 +66,7 @@ def test_an_answer_has_all_its_evidence(running: Running) -> None:
         assert vote.confidence == max(vote.probabilities)
         assert vote.class_name
     assert [detection.detector for detection in answer.detections] == [
-        "mutual_information", "variance", "disagreement", "distance",
+        "mutual_information", "variance", "disagreement", "distance", "margin",
     ]  # fmt: skip
     assert answer.HasField("masks_seed")
 

@@ -123,7 +123,7 @@ def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger
         name=subject.name,
         members=tuple(voter.name for voter in ensemble.voters),
         rule=str(ensemble.rule),
-        detectors=tuple(str(detector.name) for detector in ensemble.detectors),
+        detectors=tuple(str(detector.name) for detector in ensemble.detectors if detector.decides),
         clean=share(test_label == campaign.splits.test.labels),
         clean_rejected_5=share(test_p <= REVIEW) if screened else None,
         clean_rejected_1=share(test_p <= REJECT) if screened else None,

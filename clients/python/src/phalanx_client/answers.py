@@ -131,6 +131,7 @@ class Member:
 class Detector:
     name: str
     member: str  # empty where it reads all of them
+    decides: bool  # whether the verdict hangs on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,7 @@ def ensemble(message: pb.Ensemble) -> Ensemble:
         members=tuple(
             Member(x.name, x.kind, x.strength, x.votes, x.weight, x.temperature, x.parameters, x.stochastic) for x in m.members
         ),
-        detectors=tuple(Detector(d.name, d.member) for d in m.detectors),
+        detectors=tuple(Detector(d.name, d.member, d.decides) for d in m.detectors),
         rule=Rule(m.rule.name, m.rule.alpha, m.rule.scale),
         rates=Rates(m.rates.review, m.rates.reject, m.rates.calibration_images),
         bundle=Bundle(m.bundle.name, m.bundle.version),

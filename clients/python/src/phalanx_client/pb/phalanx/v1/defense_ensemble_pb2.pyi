@@ -358,7 +358,7 @@ class Classification(_message.Message):
     The probability of the class.
     """
     p_value: _builtins.float
-    """Of all detectors together; absent where the verdict is UNSCREENED."""
+    """Of all detectors that decide, together; absent where the verdict is UNSCREENED."""
     masks_seed: _builtins.int
     """What the dropout masks were drawn from; absent without a stochastic member."""
     @_builtins.property
@@ -718,18 +718,22 @@ class Detector(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     MEMBER_FIELD_NUMBER: _builtins.int
+    DECIDES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     member: _builtins.str
     """Whose output it reads; empty where it reads all of them."""
+    decides: _builtins.bool
+    """Whether the verdict hangs on it; otherwise its p-value is told, and no more."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         member: _builtins.str = ...,
+        decides: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decides", b"decides", "member", b"member", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
