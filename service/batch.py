@@ -47,6 +47,7 @@ class Request:
     images: Images
     deadline: float | None
     submitted: float
+    caller: str = ""  # whose; empty where callers are not told apart
     future: Future[Result] = field(default_factory=Future)
     taken: int = 0  # images already put into a run
     parts: list[Decision] = field(default_factory=list)

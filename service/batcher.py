@@ -9,7 +9,8 @@ until as many requests wait as the last run answered, but no longer than `max_de
 never waits, and callers in step stay in step.
 
 A large request is split into runs of `max_batch_size` and rejoined; after each of its runs it goes to the back of the
-queue, so that the requests behind it wait for one run and not for all of it.
+queue, so that the requests behind it wait for one run and not for all of it. Callers who are known take turns
+(service/fair_queue.py). A run that nobody waits for any more is stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -28,8 +28,9 @@ import numpy as np
 
 from service.batch import DeadlineExceeded, Draining, QueueFull, Request, Result, Share, deliver
 from service.config import BatchingConfig
-from service.engine import Images, Run
-from service.metrics import EnsembleMetrics
+from service.engine import Images, Run, Stop, Stopped
+from service.fair_queue import FairQueue, Holdings
+from service.metrics import Closed, EnsembleMetrics
 
 __all__ = ["Batcher", "Computes", "DeadlineExceeded", "Draining", "QueueFull", "Result"]
 
@@ -42,7 +43,7 @@ class Computes(Protocol):
     @property
     def input_shape(self) -> tuple[int, int, int]: ...
 
-    def run(self, images: Images) -> Run: ...
+    def run(self, images: Images, *, stop: Stop | None = None) -> Run: ...
 
 
 class Batcher:
@@ -59,43 +60,45 @@ class Batcher:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()  # None: look at _draining
         self._lock = threading.Lock()  # guards _backlog, _running, _waiting and _draining
-        self._backlog: deque[Request] = deque()  # out of the inbox, not yet wholly put into runs
+        self._backlog = FairQueue()  # out of the inbox, not yet wholly put into runs
         self._running: Sequence[Share] = ()
-        self._waiting = 0  # images submitted and not yet put into a run
+        self._stop: Stop | None = None  # of the run of `_running`
+        self._waiting = Holdings(limits.max_queue)  # images submitted and not yet put into a run
         self._draining = False
         self._seconds_per_image = 0.0  # running mean; 0 before the first run
         self._last_requests, self._last_end = 0, 0.0  # answered by the last run or waiting at its end; when that was
         self._disappointments, self._impatient = 0, 0  # waits in vain in a row; runs not to wait before, on that account
         self._turn = threading.Lock()  # held by whoever computes
-        metrics.watch_queue(lambda: self._waiting)
+        metrics.watch_queue(lambda: self._waiting.total)
         self._thread = threading.Thread(target=self._serve, name=f"batcher-{name}", daemon=True)
         self._thread.start()
 
     @property
     def depth(self) -> int:
         """Images waiting for a run."""
-        return self._waiting
+        return self._waiting.total
 
-    def submit(self, images: Images, deadline: float | None = None) -> Future[Result]:
+    def submit(self, images: Images, deadline: float | None = None, caller: str = "") -> Future[Result]:
         """Queue images (n, height, width, channels), n >= 1; `deadline` is a time of the clock (time.monotonic).
 
-        Cancelling the future takes what is not yet computed out of the queue. Raises QueueFull, DeadlineExceeded or
-        Draining at once; the future raises DeadlineExceeded, Draining, or what the engine raised.
+        Cancelling the future takes what is not yet computed out of the queue; `caller` is whose turn it takes. Raises
+        QueueFull, DeadlineExceeded or Draining at once; the future raises DeadlineExceeded, Draining, or what the engine
+        raised.
         """
         self._check(images)
-        request = Request(images, deadline, self._clock())
-        n, limit = len(images), self._limits.max_queue
+        request = Request(images, deadline, self._clock(), caller)
+        n = len(images)
         with self._lock:
             self._refuse_if_draining()
-            wait = self._waiting * self._seconds_per_image
+            wait = self._waiting.total * self._seconds_per_image
             if deadline is not None and request.submitted + wait >= deadline:
                 left = max(deadline - request.submitted, 0)
                 raise DeadlineExceeded(f"{left:.3f} s are left, and the work queued before takes about {wait:.3f} s")
-            # A request larger than the whole queue may enter an empty one: told to come back later, it would for ever.
-            if self._waiting and self._waiting + n > limit:
-                raise QueueFull(n, self._waiting, limit, max(wait, 0.001))
-            self._waiting += n
+            if not self._waiting.has_room(caller, n):
+                raise QueueFull(n, self._waiting.total, self._limits.max_queue, max(wait, 0.001))
+            self._waiting.add(caller, n)
             self._inbox.put(request)
+        request.future.add_done_callback(self._given_up)
         return request.future
 
     def compute_now(self, images: Images, deadline: float | None = None) -> Result | None:
@@ -106,7 +109,7 @@ class Batcher:
         """
         self._check(images)
         n = len(images)
-        if self._company() > 1 or self._waiting or n > self._limits.max_batch_size or not self._turn.acquire(blocking=False):
+        if self._company() > 1 or self._waiting.total or n > self._limits.max_batch_size or not self._turn.acquire(blocking=False):
             return None
         try:
             self._refuse_if_draining()
@@ -132,9 +135,11 @@ class Batcher:
             self._turn.release()
         with self._lock:
             self._receive_all()
+            if self._stop is not None and not idle:
+                self._stop.now()
             abandoned = [*self._backlog, *(share.request for share in self._running)]
             self._backlog.clear()
-            self._waiting = 0
+            self._waiting.clear()
             self._inbox.put(None)  # the thread's own may just have been received here
         for request in abandoned:
             request.fail(Draining("this server shut down before the request was computed"))
@@ -159,9 +164,10 @@ class Batcher:
             if not self._backlog:
                 self._receive(None)
                 continue
-            self._wait_for_company()
+            closed = self._wait_for_company()
             with self._turn:
                 if batch := self._take():
+                    self._metrics.closed(closed)
                     self._compute(batch)
 
     def _receive(self, seconds: float | None) -> bool:
@@ -187,7 +193,8 @@ class Batcher:
         recent = self._clock() < self._last_end + self._limits.max_delay_ms / 1000
         return self._last_requests if recent and not self._impatient else 1
 
-    def _wait_for_company(self) -> None:
+    def _wait_for_company(self) -> Closed:
+        """Wait for whom it is worth to wait; why it ended."""
         until = self._last_end + self._limits.max_delay_ms / 1000
         company = self._company()
         self._impatient = max(0, self._impatient - 1)
@@ -196,13 +203,14 @@ class Batcher:
             full = sum(request.left for request in self._backlog) >= self._limits.max_batch_size
             hurried = any(request.deadline is not None and request.deadline < until for request in self._backlog)
             if full or hurried:
-                return
+                return Closed.FULL if full else Closed.DEADLINE
             if left <= 0 or not self._receive(left):
                 self._disappointments = min(self._disappointments + 1, 6)
                 self._impatient = 2**self._disappointments - 1
-                return
+                return Closed.DELAY
         if company > 1:
             self._disappointments = 0
+        return Closed.READY
 
     def _take(self) -> list[Share]:
         """A batch from all that has arrived, in its order; leaves out who does not wait any more."""
@@ -214,7 +222,7 @@ class Batcher:
             while self._backlog and room:
                 request = self._backlog.popleft()
                 if request.future.done() or (request.deadline is not None and request.deadline <= now):
-                    self._waiting -= request.left
+                    self._waiting.remove(request.caller, request.left)
                     expired.append(request)
                     continue
                 n = min(room, request.left)
@@ -222,11 +230,11 @@ class Batcher:
                 if request.taken == 0:
                     request.queue_seconds = now - request.submitted
                 request.taken += n
-                self._waiting -= n
+                self._waiting.remove(request.caller, n)
                 room -= n
                 if request.left:
                     self._backlog.append(request)  # the room is used up: whoever waits behind it comes first next time
-            self._running = batch
+            self._running, self._stop = batch, Stop()
         for request in expired:
             request.fail(DeadlineExceeded(f"the deadline passed after {now - request.submitted:.3f} s in the queue"))
         return batch
@@ -235,15 +243,27 @@ class Batcher:
         """One run; whatever goes wrong in it is the answer of its requests, and of nobody else."""
         try:
             images = batch[0].images if len(batch) == 1 else np.concatenate([share.images for share in batch])
-            run, seconds = self._run(images, len(batch))
+            run, seconds = self._run(images, len(batch), self._stop)
             finished = deliver(batch, run, seconds)
             self._measure(run, [(request.queue_seconds, request.compute_seconds) for request in finished])
+        except Stopped:  # by the last who awaited it
+            for share in batch:
+                share.request.future.cancel()
         except Exception as error:
             log.exception("a run of %d requests failed", len(batch))
             for share in batch:
                 share.request.fail(error)
         finally:
-            self._running = ()
+            with self._lock:
+                self._running, self._stop = (), None
+
+    def _given_up(self, future: Future[Result]) -> None:
+        """A request ended; if it gave up, and so did all its batch-mates, their run is stopped."""
+        if not future.cancelled():
+            return
+        with self._lock:
+            if self._stop is not None and all(share.request.future.done() for share in self._running):
+                self._stop.now()
 
     def _measure(self, run: Run, finished: Sequence[tuple[float, float]]) -> None:
         """A run, and the requests that are answered by it: their seconds in the queue, and of computing."""
@@ -252,10 +272,10 @@ class Batcher:
             self._metrics.queue(queued)
             self._metrics.compute(computed)
 
-    def _run(self, images: Images, requests: int) -> tuple[Run, float]:
+    def _run(self, images: Images, requests: int, stop: Stop | None = None) -> tuple[Run, float]:
         """The answers and the seconds they took; the caller has the turn."""
         began = self._clock()
-        run = self._engine.run(images)
+        run = self._engine.run(images, stop=stop)
         self._last_end, self._last_requests = self._clock(), requests + len(self._backlog) + self._inbox.qsize()
         seconds = self._last_end - began
         recent = seconds / len(images)

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service import connect
+from service.config import LimitsConfig
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
@@ -77,14 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ensemble", default="", metavar="NAME", help="which ensemble; without it, the server's default")
     parser.add_argument("--disclosure", choices=LEVELS, help="how much to ask for; without it, all that the server tells")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    parser.add_argument("--tls", action="store_true", help="the server speaks TLS, under a certificate this machine trusts")
-    parser.add_argument("--ca", type=Path, metavar="PEM", help="trust this certificate authority; implies --tls")
+    connect.add_arguments(parser)
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of each request (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        with _channel(args.server, args.tls, args.ca) as channel:
+        with connect.channel(args.server, args) as channel:
             stub = pb_grpc.DefenseEnsembleStub(channel)
             answers = list(classify_files(stub, args.files, args.ensemble, LEVELS.get(args.disclosure, 0), args.timeout))
     except (CannotAsk, OSError) as error:
@@ -107,7 +108,7 @@ def classify_files(
 ) -> Iterator[FileAnswer]:
     """In the order of the files, in as few requests as the server's limits allow."""
     try:
-        described = stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout).ensemble
+        described = _described(stub, ensemble, timeout)
         for batch in _batches(files, described.limits):
             request = pb.ClassifyRequest(ensemble=ensemble, disclosure=pb.Disclosure.ValueType(disclosure))
             for encoded in (content for _, content in batch if isinstance(content, bytes)):
@@ -117,9 +118,29 @@ def classify_files(
             level = pb.Disclosure.Name(response.disclosure).removeprefix("DISCLOSURE_")
             for file, content in batch:
                 result = next(results) if isinstance(content, bytes) else content
-                yield FileAnswer(str(file), described.name, described.bundle.version, level, result)
+                name, version = response.ensemble or described.name, response.bundle_version or described.bundle.version
+                yield FileAnswer(str(file), name, version, level, result)
     except grpc.RpcError as error:
         raise CannotAsk(_sentence(error)) from None
+
+
+def _described(stub: pb_grpc.DefenseEnsembleStub, ensemble: str, timeout: float) -> pb.Ensemble:
+    """The ensemble, or its name and the usual limits, where the caller may ask it and not be told what it is."""
+    try:
+        return stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout).ensemble
+    except grpc.RpcError as error:
+        call: object = error
+        if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.PERMISSION_DENIED:
+            raise
+        usual = LimitsConfig()
+        return pb.Ensemble(
+            name=ensemble,
+            limits=pb.Limits(
+                max_images_per_request=usual.max_images_per_request,
+                max_message_bytes=usual.max_message_bytes,
+                max_request_pixels=usual.max_request_pixels,
+            ),
+        )
 
 
 def _batches(files: Sequence[Path], limits: pb.Limits) -> Iterator[list[tuple[Path, bytes | pb.ImageResult]]]:
@@ -157,14 +178,6 @@ def _pixels(encoded: bytes) -> int:
 
 def _wrong(message: str) -> pb.ImageResult:
     return pb.ImageResult(error=pb.ImageError(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=message))
-
-
-def _channel(server: str, tls: bool, authority: Path | None) -> grpc.Channel:
-    options = [("grpc.max_receive_message_length", -1)]
-    if not tls and authority is None:
-        return grpc.insecure_channel(server, options)
-    trusted = authority.read_bytes() if authority else None
-    return grpc.secure_channel(server, grpc.ssl_channel_credentials(trusted), options)
 
 
 def _sentence(error: grpc.RpcError) -> str:

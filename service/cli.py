@@ -31,6 +31,8 @@ then:
   phalanx inspect BUNDLE              what is in a bundle; verifies every hash
   phalanx calibrate BUNDLE FOLDER -o NEW
                                       p-values from your own clean images
+  phalanx token                       an API token, and its hash for the server
+  phalanx admin reload                change what a running server offers
 
 `phalanx COMMAND --help` says more about each."""
 
@@ -55,12 +57,21 @@ a configuration (every key has a default; paths are relative to the file):
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
   device: {provider: auto, strict: false}
   limits: {disclosure: evidence} # or label, verdict, probabilities
+  admin: 127.0.0.1:50052         # reload, add and remove ensembles; off without it
+  tls: {certificate: FILE, key: FILE, client_ca: FILE}   # client_ca: mutual TLS
+  callers:                       # once there is one, nobody else is answered
+    shop: {token_sha256: HASH, scopes: [classify], disclosure: label}
+    lab: {certificate: lab.example, scopes: [classify, ablate, describe]}
+    ops: {token_sha256: HASH, scopes: [admin]}
+  quota: {images_per_second: 100, burst_images: 256, concurrent_calls: 16}
 
 environment variables go over the file, the options here over both:
   PHALANX_LISTEN=127.0.0.1:50052
   PHALANX_BATCHING__MAX_DELAY_MS=5
   PHALANX_ENSEMBLES='{full: {}, no-edge: {without: [edge]}}'
 
+SIGHUP reads the configuration and the bundle again; what is wrong with them is
+logged, and the server goes on with what it has.
 SIGTERM drains: health says NOT_SERVING, accepted calls are answered, then the
 server stops. A second signal stops it at once."""
 
@@ -105,7 +116,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     from service.server import CannotListen, serve
 
     try:
-        serve(config)
+        serve(config, lambda: load_config(args.config, overrides=overrides))
     except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable) as error:
         return _refused("serve", error)
     return 0
@@ -153,12 +164,26 @@ def _calibrate() -> Command:
     return Command(calibrate.add_arguments, calibrate.run, calibrate.__doc__ or "")
 
 
+def _token() -> Command:
+    from service import admin
+
+    return Command(admin.add_token_arguments, admin.make_token, admin.TOKEN)
+
+
+def _admin() -> Command:
+    from service import admin
+
+    return Command(admin.add_arguments, admin.run, admin.ADMIN)
+
+
 COMMANDS: Mapping[str, tuple[str, Callable[[], Command]]] = MappingProxyType(
     {
         "serve": ("serve a bundle over gRPC", _serve),
         "classify": ("ask a server about image files", _classify),
         "inspect": ("print a bundle and verify every hash", _inspect),
         "calibrate": ("take p-values from your own clean images", _calibrate),
+        "token": ("make an API token and its hash", _token),
+        "admin": ("reload a running server, add and remove ensembles", _admin),
     }
 )
 

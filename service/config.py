@@ -15,7 +15,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,21 +23,27 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from models.ensemble import RuleName
-from service.config_source import ConfigSource, InvalidConfig, read_source, with_environment
+from service.config_source import ConfigSource, InvalidConfig, parsed, read_source, with_environment
 
 __all__ = [
     "Address",
     "BatchingConfig",
+    "CallerConfig",
     "DecisionConfig",
     "DeviceConfig",
     "Disclosure",
     "EnsembleConfig",
     "InvalidConfig",
     "LimitsConfig",
+    "QuotaConfig",
+    "Scope",
+    "ScopeConfig",
+    "ScopesConfig",
     "ServiceConfig",
     "ShutdownConfig",
     "TlsConfig",
     "load_config",
+    "with_ensembles",
 ]
 
 ENSEMBLE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -50,6 +56,15 @@ class Disclosure(IntEnum):
     VERDICT = 2  # and whether to trust it: what a decision-based attack sees
     PROBABILITIES = 3  # and confidence, probabilities, combined p-value: what a score-based attack sees
     EVIDENCE = 4  # and every vote and every detector
+
+
+class Scope(StrEnum):
+    """What a caller may do."""
+
+    CLASSIFY = "classify"  # ask the default ensemble
+    ABLATE = "ablate"  # ask every ensemble
+    DESCRIBE = "describe"  # learn what an ensemble is made of
+    ADMIN = "admin"  # reload, add and remove ensembles, read statistics
 
 
 @dataclass(frozen=True)
@@ -114,10 +129,11 @@ class _Section(BaseModel):
 
 
 class TlsConfig(_Section):
-    """PEM files of the server's certificate chain and of its private key."""
+    """PEM files, read again whenever they change: a new certificate needs no restart."""
 
-    certificate: Path
+    certificate: Path  # the server's chain
     key: Path
+    client_ca: Path | None = None  # then every connection must show a certificate that this authority signed (mutual TLS)
 
 
 class EnsembleConfig(_Section):
@@ -130,6 +146,42 @@ class EnsembleConfig(_Section):
     review_rate: float | None = Field(None, gt=0, lt=1)  # None: that of `decision`
     reject_rate: float | None = Field(None, gt=0, lt=1)
     masks: Literal["fixed", "fresh"] = "fixed"
+
+
+class QuotaConfig(_Section):
+    """What one caller may take from the others; nothing is limited that is not named."""
+
+    images_per_second: float | None = Field(None, gt=0, le=1e9)  # a token bucket, refilled at this rate
+    burst_images: int = Field(256, ge=1, le=2**31 - 1)  # how many it holds
+    concurrent_calls: int | None = Field(None, ge=1, le=4096)
+
+
+class ScopeConfig(_Section):
+    """How far a scope that asks for answers goes."""
+
+    disclosure: Annotated[Disclosure, BeforeValidator(_disclosure)] = Disclosure.EVIDENCE
+    ensembles: tuple[str, ...] | None = None  # None: the default ensemble for `classify`, all for `ablate`
+
+
+class ScopesConfig(_Section):
+    classify: ScopeConfig = ScopeConfig()
+    ablate: ScopeConfig = ScopeConfig()
+
+
+class CallerConfig(_Section):
+    """Somebody known: by a token, by the name in a client certificate, or by either."""
+
+    token_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # `phalanx token` makes a token and its hash
+    certificate: str | None = Field(None, min_length=1)  # its subject alternative name, or its common name
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+    disclosure: Annotated[Disclosure | None, BeforeValidator(_disclosure)] = None  # None: as its scopes allow
+    quota: QuotaConfig | None = None  # None: that of `quota`
+
+    @model_validator(mode="after")
+    def _known_by_something(self) -> Self:
+        if self.token_sha256 is None and self.certificate is None:
+            raise ValueError("expected `token_sha256` or `certificate`: by what is this caller known?")
+        return self
 
 
 class DecisionConfig(_Section):
@@ -171,6 +223,10 @@ class ServiceConfig(_Section):
     metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
     insecure: bool = False
     tls: TlsConfig | None = None
+    admin: Annotated[Address | None, BeforeValidator(_switched_off)] = None  # None: no admin port; reload by SIGHUP
+    callers: Mapping[Annotated[str, Field(pattern=ENSEMBLE_NAME)], CallerConfig] = {}  # none: everybody may ask
+    scopes: ScopesConfig = ScopesConfig()
+    quota: QuotaConfig = QuotaConfig()  # of each caller; where nobody is named, of each address
     ensembles: Mapping[Annotated[str, Field(pattern=ENSEMBLE_NAME)], EnsembleConfig] = Field(
         {"full": EnsembleConfig()}, min_length=1
     )
@@ -182,7 +238,7 @@ class ServiceConfig(_Section):
 
     @model_validator(mode="after")
     def _no_plain_text_in_public(self) -> Self:
-        for key, address in (("listen", self.listen), ("metrics", self.metrics)):
+        for key, address in (("listen", self.listen), ("metrics", self.metrics), ("admin", self.admin)):
             if address is not None and not address.loopback and self.tls is None and not self.insecure:
                 raise ValueError(
                     f"`{key}: {address}` is reachable from other machines, without encryption: "
@@ -199,6 +255,42 @@ class ServiceConfig(_Section):
                     f"ensemble `{name}`: reject_rate {rates.reject_rate} is above review_rate {rates.review_rate}; "
                     f"what is rejected is a part of what is reviewed"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _callers_are_told_apart(self) -> Self:
+        for what in ("token_sha256", "certificate"):
+            seen: dict[str, str] = {}
+            for name, caller in self.callers.items():
+                known_by = getattr(caller, what)
+                if known_by is not None and (other := seen.setdefault(known_by, name)) != name:
+                    raise ValueError(f"callers `{other}` and `{name}` have the same {what}: which of them is calling?")
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_can_be_shown(self) -> Self:
+        certified = [name for name, caller in self.callers.items() if caller.certificate is not None]
+        if certified and (self.tls is None or self.tls.client_ca is None):
+            raise ValueError(
+                f"caller `{certified[0]}` is known by a certificate: set `tls: {{client_ca: FILE}}`, or nobody shows one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scopes_name_what_there_is(self) -> Self:
+        for scope in ("classify", "ablate"):
+            for name in getattr(self.scopes, scope).ensembles or ():
+                if name not in self.ensembles:
+                    raise ValueError(f"scopes.{scope}.ensembles: expected some of {', '.join(self.ensembles)}, got {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_admin_is_known(self) -> Self:
+        if self.admin is not None and not any(Scope.ADMIN in caller.scopes for caller in self.callers.values()):
+            raise ValueError(
+                "`admin` opens a port that changes what is served: name a caller with the scope `admin` under `callers` "
+                "(`phalanx token` makes a token)"
+            )
         return self
 
     @property
@@ -236,3 +328,20 @@ def load_config(
     except ValidationError as error:
         raise InvalidConfig(source.explain(error, ServiceConfig)) from None
     return config
+
+
+def with_ensembles(config: ServiceConfig, changes: Mapping[str, str | None]) -> ServiceConfig:
+    """The same with these ensembles: a choice in YAML to add or replace one, None to take it away; raises InvalidConfig."""
+    ensembles: dict[str, Any] = dict(config.ensembles)
+    for name, choice in changes.items():
+        if choice is None:
+            if name not in ensembles or name == next(iter(ensembles)):
+                others = ", ".join(list(ensembles)[1:]) or "none"
+                raise InvalidConfig(f"remove: expected one of the ensembles beside the default one ({others}), got {name!r}")
+            del ensembles[name]
+        else:
+            ensembles[name] = parsed(choice, f"choice of {name}")
+    try:
+        return ServiceConfig.model_validate({**dict(config), "ensembles": ensembles})
+    except ValidationError as error:
+        raise InvalidConfig(ConfigSource.empty().explain(error, ServiceConfig)) from None

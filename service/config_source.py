@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 PREFIX = "PHALANX_"
 # Kubernetes puts these into every container once a Service is called `phalanx`, or `phalanx-` and anything else;
-# PHALANX_CONFIG names the file itself.
-FOREIGN = re.compile(r"^PHALANX_(CONFIG$|([A-Z0-9]+_)*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9]+)*$)")
+# PHALANX_CONFIG names the file itself, PHALANX_TOKEN is for those who call.
+FOREIGN = re.compile(r"^PHALANX_(CONFIG$|TOKEN$|([A-Z0-9]+_)*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9]+)*$)")
 
 DEEPEST = 16  # levels of keys; no section has as many
 
@@ -212,3 +212,13 @@ def _valid_keys(model: type[BaseModel], path: KeyPath) -> tuple[str, ...] | None
         if get_origin(option) is Mapping:
             return None
     return ()
+
+
+def parsed(text: str, place: str) -> Any:
+    """The value of a text in YAML; raises InvalidConfig, which names the place."""
+    try:
+        return _loaded(text)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{place}: {error}") from None
+    except yaml.YAMLError:
+        raise InvalidConfig(f"{place}: not YAML: {text[:80]!r}") from None

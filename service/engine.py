@@ -44,6 +44,24 @@ class Run:
     masks_seed: int | None
 
 
+class Stopped(Exception):
+    """A run that was stopped before its end."""
+
+
+class Stop:
+    """Ends the run it was given to, wherever in the graph it is."""
+
+    __slots__ = ("asked", "options")
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.options = ort.RunOptions()
+
+    def now(self) -> None:
+        self.asked = True
+        self.options.terminate = True
+
+
 class ComputeThreads:
     """The threads that compute, for all engines of a process together: as many as cores, however many ensembles."""
 
@@ -86,21 +104,30 @@ class Engine:
         self._fresh = ensemble.masks == "fresh"
         _self_test(self, bundle, ensemble)
 
-    def run(self, images: Images, masks_seed: int | None = None) -> Run:
-        """Classify images (n, h, w, c) in one run; the `masks_seed` of an earlier answer repeats that answer."""
+    def run(self, images: Images, masks_seed: int | None = None, *, stop: Stop | None = None) -> Run:
+        """Classify images (n, h, w, c) in one run; the `masks_seed` of an earlier answer repeats that answer.
+
+        Raises Stopped where `stop` ended it.
+        """
         if self._masks_spec is None:
-            return Run(self._decide(images, {}), None)
+            return Run(self._decide(images, {}, stop), None)
         if masks_seed is None:  # a fresh seed is not to be foreseen by whoever crafts an image
             masks_seed = secrets.randbits(63) if self._fresh else self._masks_seed
         masks = self._fixed if masks_seed == self._masks_seed else self._draw(masks_seed)
-        return Run(self._decide(images, {"masks": masks}), masks_seed)
+        return Run(self._decide(images, {"masks": masks}, stop), masks_seed)
 
-    def _decide(self, images: Images, masks: dict[str, Any]) -> Decision:
+    def _decide(self, images: Images, masks: dict[str, Any], stop: Stop | None) -> Decision:
         shares = 1 if self.provider == CUDA else min(len(images), self._threads.count)
-        if shares == 1:
-            return Decision(*self._session.run(_COLUMNS, {"image": images} | masks))
+        options = None if stop is None else stop.options
         run = self._session.run
-        parts = self._threads.map(lambda part: run(_COLUMNS, {"image": part} | masks), np.array_split(images, shares))
+        try:
+            if shares == 1:
+                return Decision(*run(_COLUMNS, {"image": images} | masks, options))
+            parts = self._threads.map(lambda part: run(_COLUMNS, {"image": part} | masks, options), np.array_split(images, shares))
+        except Exception:
+            if stop is not None and stop.asked:
+                raise Stopped from None
+            raise
         return Decision(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _draw(self, seed: int) -> Floats | None:

@@ -50,6 +50,26 @@ class UnknownName(InvalidRequest):
         super().__init__(f"unknown {kind} {name[:80]!r}; expected one of: {', '.join(known)}", field)
 
 
+class Unauthenticated(Exception):
+    """Nobody known here: no credentials, or none that are valid."""
+
+
+class Forbidden(Exception):
+    """The caller is known, and may not do this."""
+
+
+class TooFast(Exception):
+    """The caller has used up its own quota."""
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class Unfulfilled(Exception):
+    """An operator's wish that cannot be fulfilled; all stays as it was."""
+
+
 class SilentStream(Exception):
     """A stream that kept its place for longer than the configuration allows, and asked nothing."""
 
@@ -64,13 +84,17 @@ class TooManyCalls(Exception):
 
 CODES: Mapping[type[BaseException], grpc.StatusCode] = MappingProxyType(
     {
+        Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+        Forbidden: grpc.StatusCode.PERMISSION_DENIED,
         NotDisclosed: grpc.StatusCode.PERMISSION_DENIED,
         UnknownName: grpc.StatusCode.NOT_FOUND,
         InvalidImage: grpc.StatusCode.INVALID_ARGUMENT,
         InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
         QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
         TooManyCalls: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        TooFast: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Draining: grpc.StatusCode.UNAVAILABLE,
+        Unfulfilled: grpc.StatusCode.FAILED_PRECONDITION,
         SilentStream: grpc.StatusCode.ABORTED,
         DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
         CancelledError: grpc.StatusCode.CANCELLED,

@@ -7,9 +7,11 @@ hundred images instead of a dozen increments for each.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,15 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 P_VALUES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COMBINED = "combined"
 FOLD_AT = 256  # images put aside before they are counted without a scrape
+
+
+class Closed(StrEnum):
+    """Why a batch took in no more."""
+
+    FULL = "full"
+    READY = "ready"  # everybody who was likely to come had come
+    DELAY = "delay"  # somebody had not, and was waited for as long as the configuration allows
+    DEADLINE = "deadline"  # to wait longer would have missed one
 
 
 class Metrics:
@@ -58,12 +69,31 @@ class Metrics:
             registry=self.registry,
         )
         self._batch = Histogram("phalanx_batch_images", "Images in one run.", ("ensemble",), buckets=IMAGES, registry=self.registry)
+        self._closed = Counter(
+            "phalanx_batches",
+            "Batches taken from the queue, by why they took in no more.",
+            ("ensemble", "reason"),
+            registry=self.registry,
+        )
         self._depth = Gauge("phalanx_queue_images", "Images waiting for a run.", ("ensemble",), registry=self.registry)
         self._bundle = Gauge("phalanx_bundle_info", "Always 1; the bundle served.", ("bundle", "version"), registry=self.registry)
         self._provider = Gauge(
             "phalanx_provider_info",
             "Always 1; the execution provider that the session really has.",
             ("ensemble", "provider"),
+            registry=self.registry,
+        )
+        self._reloads = Counter(
+            "phalanx_reloads",
+            "Changes of what is served, by outcome: ok, or failed and all as before.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        for outcome in ("ok", "failed"):
+            self._reloads.labels(outcome)
+        self._expiry = Gauge(
+            "phalanx_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate in use expires; 0 without one.",
             registry=self.registry,
         )
         self._providers: dict[str, str] = {}
@@ -74,7 +104,23 @@ class Metrics:
         """The part of the ensemble `name`; voters and detectors in the order of the decision's columns."""
         tally = self._answers.add(name, voters, detectors)
         stages = {stage: self._stage.labels(name, stage) for stage in ("decode", "queue", "compute", "encode")}
-        return EnsembleMetrics(tally, stages, self._batch.labels(name), self._depth.labels(name))
+        closed = {reason: self._closed.labels(name, reason) for reason in Closed}
+        return EnsembleMetrics(tally, stages, self._batch.labels(name), self._depth.labels(name), closed)
+
+    def forget(self, name: str) -> None:
+        """An ensemble that is served no more: what it was is no more told, what it did stays counted."""
+        with contextlib.suppress(KeyError):
+            self._depth.remove(name)
+            self._provider.remove(name, self._providers.get(name, ""))
+        self._providers = {other: provider for other, provider in self._providers.items() if other != name}
+
+    def reloads(self, outcome: str) -> None:
+        """A reload, or a change of the ensembles, went well (`ok`) or changed nothing (`failed`)."""
+        self._reloads.labels(outcome).inc()
+
+    def certificate_expires(self, seconds: float) -> None:
+        """In seconds since the epoch."""
+        self._expiry.set(seconds)
 
     def call(self, method: str, ensemble: str) -> CallMetrics:
         """The part of one method on one ensemble; `ensemble` is a served name or "", never what a caller wrote."""
@@ -123,10 +169,12 @@ class CallMetrics:
 class EnsembleMetrics:
     """What one ensemble's codec and batcher report."""
 
-    __slots__ = ("_batch", "_depth", "_tally", "compute", "decode", "encode", "queue")
+    __slots__ = ("_batch", "_closed", "_depth", "_tally", "compute", "decode", "encode", "queue")
 
-    def __init__(self, tally: _Tally, stages: dict[str, Histogram], batch: Histogram, depth: Gauge) -> None:
-        self._tally, self._batch, self._depth = tally, batch, depth
+    def __init__(
+        self, tally: _Tally, stages: dict[str, Histogram], batch: Histogram, depth: Gauge, closed: dict[Closed, Counter]
+    ) -> None:
+        self._tally, self._batch, self._depth, self._closed = tally, batch, depth, closed
         self.decode: Callable[[float], None] = stages["decode"].observe
         self.queue: Callable[[float], None] = stages["queue"].observe
         self.compute: Callable[[float], None] = stages["compute"].observe
@@ -135,6 +183,10 @@ class EnsembleMetrics:
     def watch_queue(self, images: Callable[[], float]) -> None:
         """The queue's depth is asked for by a scrape, so that a request pays nothing for it."""
         self._depth.set_function(images)
+
+    def closed(self, reason: Closed) -> None:
+        """A batch was taken from the queue."""
+        self._closed[reason].inc()
 
     def run(self, decision: Decision) -> None:
         """One run's answers."""
@@ -197,8 +249,11 @@ class _Answers(Collector):
         self._tallies: dict[str, _Tally] = {}
 
     def add(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> _Tally:
-        # Replaces the tally of a name served before, whose members may be others now: to Prometheus, a counter reset.
+        # Replaces the tally of a name served before if its members are others now: to Prometheus, a counter reset.
         tally = _Tally(voters, detectors)
+        before = self._tallies.get(name)
+        if before is not None and (before.voters, before.detectors) == (tally.voters, tally.detectors):
+            return before
         self._tallies = self._tallies | {name: tally}
         return tally
 

@@ -6,14 +6,16 @@ call from its first to its last byte, and waits for the batcher in between.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import signal
 import socket
-import ssl
-import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from enum import Enum, auto
 from typing import Self, cast
 
 import grpc
@@ -24,16 +26,21 @@ from service.ensembles import load_ensembles
 from service.graph_cache import GraphCache
 from service.metrics import Metrics
 from service.pb.inference import open_inference_pb2_grpc
-from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
+from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
+from service.reload import Reloaded, Reloader, ReloadFailed
+from service.servicers.admin import AdminServicer
+from service.servicers.catalogue import Catalogue
 from service.servicers.gate import Gate
 from service.servicers.health import Health, add_health, add_reflection
 from service.servicers.malformed import Registrar
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.open_inference import OpenInferenceServicer
+from service.tls import Certificates, InvalidCertificate
 
 log = logging.getLogger(__name__)
 
 REFUSING_SECONDS = 0.2  # between the last call that is admitted and the end of listening
+ADMIN_THREADS = 4
 SPARE_THREADS = 16  # so that health checks are answered, and excess calls refused, while every admitted call has its thread
 
 
@@ -44,7 +51,10 @@ class CannotListen(RuntimeError):
 class Server:
     """Loaded and answering once it is constructed; `drain` ends it."""
 
-    def __init__(self, config: ServiceConfig, cache: GraphCache | None = None) -> None:
+    def __init__(
+        self, config: ServiceConfig, cache: GraphCache | None = None, read_again: Callable[[], ServiceConfig] | None = None
+    ) -> None:
+        """`read_again` is where a reload gets its configuration from; without it, it is this one, and the bundle is read again."""
         self._config, self.metrics = config, Metrics()
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
         self._server = grpc.server(self._pool, options=_options(config))
@@ -52,19 +62,34 @@ class Server:
         with ExitStack() as started:
             started.callback(self._pool.shutdown)
             started.callback(lambda: self._server.stop(None).wait())
-            self.address = _listen(self._server, config)  # before loading: a busy port need not wait for the models
+            credentials = _credentials(config.tls, self.metrics) if config.tls else None
+            # before loading: a busy port need not wait for the models
+            self.address = _listen(self._server, "listen", config.listen, credentials)
+            self._admin_pool = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="admin")
+            started.callback(self._admin_pool.shutdown)
+            self._admin = grpc.server(self._admin_pool, options=_options(config))
+            started.callback(lambda: self._admin.stop(None).wait())
+            self.admin_address = config.admin and _listen(self._admin, "admin", config.admin, credentials)
             self.metrics_address = self._serve_metrics(started)
-            self._ensembles = started.enter_context(load_ensembles(config, self.metrics, cache))
-            self._gate = Gate(self._ensembles, self.metrics, config.limits)
+            ensembles = load_ensembles(config, self.metrics, cache)
+            self._gate = Gate(Catalogue(config, ensembles), self.metrics)
+            started.callback(lambda: self._gate.catalogue.ensembles.close())
             self._health = self._add_servicers()
+            self._reloader = Reloader(self._gate, self._health, cache, read_again or (lambda: config))
+            self._add_admin()
             self._server.start()
+            self._admin.start()
             self._ended = started.pop_all()
-        names = ", ".join(self._ensembles)
+        names = ", ".join(self.ensembles)
         log.info("SERVING %s on %s; metrics on %s", names, self.address, self.metrics_address or "no port")
 
     @property
     def ensembles(self) -> tuple[str, ...]:
-        return tuple(self._ensembles)
+        return tuple(self._gate.catalogue.served)
+
+    def reload(self, who: str) -> Reloaded:
+        """Offer what the configuration says now; raises ReloadFailed, and all is as before."""
+        return self._reloader.reload(who)
 
     def drain(self) -> None:
         """NOT_SERVING first, still answering; then no new call; then wait for those accepted; then stop."""
@@ -79,22 +104,28 @@ class Server:
         # gRPC cancels what it has received and not yet handed to us when it stops: a caller is better told to try elsewhere.
         self._gate.refusing.set()
         time.sleep(min(REFUSING_SECONDS, shutdown.drain_seconds))
+        self._admin.stop(0)
         stopped = self._server.stop(shutdown.drain_seconds)  # refuses new calls at once, cancels what is left at the end
         self._health.end_watches()
         stopped.wait()
-        if not self._ensembles.drain(max(0.0, end - time.monotonic())):
+        self._reloader.finish(max(0.0, end - time.monotonic()))
+        if not self._gate.catalogue.ensembles.drain(max(0.0, end - time.monotonic())):
             log.warning("some work was not finished within %g s", shutdown.drain_seconds)
         self._ended.close()
         log.info("stopped")
 
     def _add_servicers(self) -> Health:
         native = DefenseEnsembleServicer(self._gate)
-        open_inference = OpenInferenceServicer(self._gate, self._config.batching)
+        open_inference = OpenInferenceServicer(self._gate)
         registrar = cast(grpc.Server, Registrar(self._server, self._gate))
         defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, registrar)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
         add_reflection(self._server)
-        return add_health(self._server, self._ensembles)
+        return add_health(self._server, self.ensembles)
+
+    def _add_admin(self) -> None:
+        registrar = cast(grpc.Server, Registrar(self._admin, self._gate))
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(self._gate, self._reloader), registrar)
 
     def _serve_metrics(self, started: ExitStack) -> Address | None:
         """On a port of their own; `started` gets to know how it is closed."""
@@ -118,24 +149,33 @@ class Server:
         self.drain()
 
 
-def serve(config: ServiceConfig) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends the process the hard way."""
-    ended = threading.Event()
+def serve(config: ServiceConfig, read_again: Callable[[], ServiceConfig] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends the process the hard way. SIGHUP reloads."""
+    wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
 
     def end(*_: object) -> None:
-        for number in previous:
+        for number in ends:
             signal.signal(number, signal.SIG_DFL)
-        ended.set()
+        wishes.put(Wish.END)
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in previous:
-        signal.signal(number, end)
+    ends = (signal.SIGTERM, signal.SIGINT)
+    handlers: dict[signal.Signals, Callable[..., object]] = dict.fromkeys(ends, end)
+    if hasattr(signal, "SIGHUP"):
+        handlers[signal.SIGHUP] = lambda *_: wishes.put(Wish.RELOAD)
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        with Server(config):
-            ended.wait()
+        with Server(config, read_again=read_again) as server:
+            while wishes.get() is Wish.RELOAD:
+                with contextlib.suppress(ReloadFailed):  # the log says why
+                    server.reload("SIGHUP")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class Wish(Enum):
+    RELOAD = auto()
+    END = auto()
 
 
 def _options(config: ServiceConfig) -> list[tuple[str, int]]:
@@ -156,31 +196,27 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _listen(server: grpc.Server, config: ServiceConfig) -> Address:
-    credentials = _credentials(config.tls) if config.tls else None
-    address = str(_resolved(config.listen))
+def _listen(server: grpc.Server, key: str, wanted: Address, credentials: grpc.ServerCredentials | None) -> Address:
+    address = str(_resolved(key, wanted))
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
-        raise CannotListen(f"listen: cannot have {config.listen}: another process uses it, or it is not ours") from None
-    return Address(config.listen.host, port)
+        raise CannotListen(f"{key}: cannot have {wanted}: another process uses it, or it is not ours") from None
+    return Address(wanted.host, port)
 
 
-def _resolved(address: Address) -> Address:
+def _resolved(key: str, address: Address) -> Address:
     """A name's first address, of IPv4 if it has one: gRPC is content with any of several, so that a busy one goes unnoticed."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise CannotListen(f"listen: cannot have {address}: {error.strerror or error}") from None
+        raise CannotListen(f"{key}: cannot have {address}: {error.strerror or error}") from None
     *_, place = min(found, key=lambda each: each[0] != socket.AF_INET)
     return Address(str(place[0]), address.port)
 
 
-def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+def _credentials(tls: TlsConfig, metrics: Metrics) -> grpc.ServerCredentials:
     try:
-        pair = tls.key.read_bytes(), tls.certificate.read_bytes()
-        # gRPC would not say what is wrong with them
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, lambda: b"")  # never ask for one
-    except OSError as error:
-        raise CannotListen(f"tls: {tls.certificate} and {tls.key}: {error.strerror or error}") from None
-    return grpc.ssl_server_credentials([pair])
+        return Certificates(tls, metrics.certificate_expires).credentials
+    except InvalidCertificate as error:
+        raise CannotListen(str(error)) from None

@@ -1,22 +1,22 @@
-"""What an ensemble is, as GetEnsemble and ListEnsembles tell it.  Nothing in it depends on a request, so it is made
-once.
-"""
+"""What an ensemble is, as GetEnsemble and ListEnsembles tell it."""
 
 from __future__ import annotations
 
 from models.card import Share, measured_on
+from service.config import Disclosure
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from service.servicers.gate import Gate, Served
+from service.servicers.catalogue import Catalogue, Served
 
 
-def describe(served: Served, gate: Gate) -> pb.Ensemble:
-    ensemble, limits = served.loaded.ensemble, gate.limits
-    manifest = gate.ensembles.bundle.manifest
-    members = [_member(name, served, gate) for name in ensemble.members]
+def describe(served: Served, catalogue: Catalogue, disclosure: Disclosure) -> pb.Ensemble:
+    """As a caller sees it who is told so much of an answer."""
+    ensemble, limits = served.loaded.ensemble, catalogue.limits
+    manifest = catalogue.ensembles.bundle.manifest
+    members = [_member(name, served, catalogue) for name in ensemble.members]
     masks = {"fixed": pb.MASKS_FIXED, "fresh": pb.MASKS_FRESH}[ensemble.masks]
     return pb.Ensemble(
         name=served.name,
-        is_default=served is gate.default,
+        is_default=served is catalogue.default,
         classes=manifest.classes,
         input=pb.InputSpec(height=served.spec.height, width=served.spec.width, channels=served.spec.channels),
         members=members,
@@ -27,18 +27,18 @@ def describe(served: Served, gate: Gate) -> pb.Ensemble:
         masks=masks if any(member.stochastic for member in members) else pb.MASKS_UNSPECIFIED,
         provider=served.loaded.engine.provider,
         limits=pb.Limits(
-            disclosure=pb.Disclosure.ValueType(limits.disclosure),
+            disclosure=pb.Disclosure.ValueType(disclosure),
             max_images_per_request=limits.max_images_per_request,
             max_message_bytes=limits.max_message_bytes,
             max_image_pixels=limits.max_image_pixels,
             max_request_pixels=limits.max_request_pixels,
         ),
-        robustness=_robustness(served, gate),
+        robustness=_robustness(served, catalogue),
     )
 
 
-def _member(name: str, served: Served, gate: Gate) -> pb.Member:
-    manifest = gate.ensembles.bundle.manifest.member(name)
+def _member(name: str, served: Served, catalogue: Catalogue) -> pb.Member:
+    manifest = catalogue.ensembles.bundle.manifest.member(name)
     voter = next((voter for voter in served.loaded.ensemble.voters if voter.name == name), None)
     return pb.Member(
         name=name,
@@ -52,10 +52,10 @@ def _member(name: str, served: Served, gate: Gate) -> pb.Member:
     )
 
 
-def _robustness(served: Served, gate: Gate) -> pb.Robustness | None:
+def _robustness(served: Served, catalogue: Catalogue) -> pb.Robustness | None:
     """What the card says of this very ensemble; of another one's figures not even the sentence."""
-    card = gate.ensembles.card
-    if card is None or (system := measured_on(card, gate.ensembles.bundle.manifest, served.loaded.ensemble)) is None:
+    card, manifest = catalogue.ensembles.card, catalogue.ensembles.bundle.manifest
+    if card is None or (system := measured_on(card, manifest, served.loaded.ensemble)) is None:
         return None
     headline = card.headline
     return pb.Robustness(

@@ -1,11 +1,12 @@
-"""Where every call comes in and goes out: counted, admitted, led to its ensemble, its errors looked up in the table."""
+"""Where every call comes in and goes out: identified, counted, admitted, its errors looked up in the table."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Never, TypeVar
 
@@ -13,78 +14,99 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from models.manifest import InputSpec
+from service.access import ANONYMOUS, Caller
 from service.batcher import DeadlineExceeded, Draining, Result
-from service.codec import AnswerNames
-from service.config import LimitsConfig
-from service.ensembles import Ensembles, LoadedEnsemble
-from service.errors import Failure, TooManyCalls, UnknownName, failure_of, request_id_of, rich_status
-from service.metrics import CallMetrics, EnsembleMetrics, Metrics
+from service.codec import disclosure
+from service.config import Disclosure, Scope
+from service.errors import Failure, TooManyCalls, failure_of, request_id_of, rich_status
+from service.metrics import CallMetrics, Metrics
+from service.quota import Quota, Quotas
+from service.servicers.catalogue import Catalogue, Served
 
 A_YEAR = 365 * 86400.0  # no deadline is a deadline in the far future
 INFERENCES = ("Classify", "ClassifyStream", "ModelInfer")
+MOST_RELOADS = 8  # that may overtake one call; each gives it another start
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """One ensemble as the servicers see it."""
+class Call:
+    """One call: what was on offer when it began, and who asks."""
 
-    name: str
-    loaded: LoadedEnsemble
-    metrics: EnsembleMetrics
-    names: AnswerNames
-    spec: InputSpec
-    bundle_version: str
+    catalogue: Catalogue
+    caller: Caller
+    quota: Quota
+    context: grpc.ServicerContext
+
+    def ensemble(self, name: str) -> Served:
+        """The ensemble of this name, or the default one for none, if the caller may ask it."""
+        self.caller.check_ensemble(name or self.catalogue.default.name)
+        return self.catalogue.find(name)
+
+    def disclosure(self, asked: int) -> Disclosure:
+        """How much of an answer is told."""
+        return disclosure(asked, self.caller.disclosure)
+
+    def submit(self, served: Served, images: NDArray[np.uint8]) -> Future[Result]:
+        """Queue images; they leave the queue when the caller's deadline passes."""
+        return served.loaded.batcher.submit(images, deadline_of(self.context), self.caller.name)
+
+    def compute(self, served: Served, images: NDArray[np.uint8]) -> Result:
+        """The answers to images: at once where nobody else is about, else through the queue, which they leave with the caller."""
+        if (result := served.loaded.batcher.compute_now(images, deadline_of(self.context))) is not None:
+            return result
+        future = self.submit(served, images)
+
+        def give_up() -> None:
+            future.cancel()
+
+        if not self.context.add_callback(give_up):
+            give_up()
+        return wait(future, self.context)
 
 
 class Gate:
     """One per server; thread-safe."""
 
-    def __init__(self, ensembles: Ensembles, metrics: Metrics, limits: LimitsConfig) -> None:
-        self.ensembles, self.metrics, self.limits = ensembles, metrics, limits
-        manifest = ensembles.bundle.manifest
-        self.served: Mapping[str, Served] = {
-            name: Served(
-                name=name,
-                loaded=loaded,
-                metrics=loaded.metrics,
-                names=AnswerNames(
-                    manifest.classes,
-                    tuple(voter.name for voter in loaded.ensemble.voters),
-                    tuple(str(detector.name) for detector in loaded.ensemble.detectors),
-                    any(manifest.member(name).stochastic for name in loaded.ensemble.members),
-                ),
-                spec=manifest.input,
-                bundle_version=manifest.version,
-            )
-            for name, loaded in ensembles.items()
-        }
-        self.default = self.served[ensembles.default.name]
+    def __init__(self, catalogue: Catalogue, metrics: Metrics) -> None:
+        self.catalogue, self.metrics = catalogue, metrics
         self._calls: dict[tuple[str, str], tuple[str, CallMetrics]] = {}  # by method and name, "" included
         self.ready = True
         self.last_answer_ms: dict[str, int] = {}  # by ensemble, since the epoch
         self.failed_seconds: dict[str, float] = {}  # by ensemble
         self._failures = threading.Lock()
-        self._places = threading.BoundedSemaphore(limits.max_concurrent_calls)
+        self._quotas = Quotas()
+        most = catalogue.limits.max_concurrent_calls
+        self._places = threading.BoundedSemaphore(most)
         # A stream keeps its place while it is silent: so that streams never shut out whoever has one question.
-        self._most_streams = max(1, limits.max_concurrent_calls // 2)
+        self._most_calls, self._most_streams = most, max(1, most // 2)
         self._stream_places = threading.BoundedSemaphore(self._most_streams)
         self.refusing = threading.Event()  # set when the server ends: no call is admitted any more
 
-    def find(self, name: str) -> Served:
-        """The ensemble of this name; the default one for no name."""
-        served = self.served.get(name) if name else self.default
-        if served is None:
-            raise UnknownName("ensemble", name, self.served, "ensemble")
-        return served
+    def swap(self, catalogue: Catalogue) -> Catalogue:
+        """Offer this from now on; returns what was offered before, whose calls are still being answered."""
+        before, self.catalogue = self.catalogue, catalogue
+        self._calls = {}  # which of the callers' names are ours may have changed
+        return before
 
-    def answer(self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[], Answer]) -> Answer:
-        """Do the work of a unary call, or end it with a status."""
+    def identify(self, context: grpc.ServicerContext) -> Call:
+        """The call as it stands now; raises Unauthenticated."""
+        catalogue = self.catalogue
+        caller = catalogue.access.identify(context)
+        name = _host(context.peer()) if caller.name == ANONYMOUS and _limited(caller) else caller.name
+        return Call(catalogue, caller, self._quotas.of(name, caller.quota), context)
+
+    def answer(
+        self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
+    ) -> Answer:
+        """Do the work of a unary call, for which the caller needs the scope, or end it with a status."""
         began = self.begin(method, name)
         try:
-            answer = self._admitted(work) if method in INFERENCES else work()
+            call = self.identify(context)
+            if scope is not None:
+                call.caller.check(scope, method)
+            answer = self._inference(call, work) if method in INFERENCES else work(call)
         except Exception as error:
             failure = failure_of(error, request_id_of(context))
             self.end(method, name, began, failure.code)
@@ -114,47 +136,61 @@ class Gate:
             with self._failures:
                 self.failed_seconds[ensemble] = self.failed_seconds.get(ensemble, 0.0) + time.perf_counter() - began
 
-    def _counted(self, method: str, name: str) -> tuple[str, CallMetrics]:
-        """A caller's name becomes a label only where it is one of ours: labels are kept for ever."""
-        found = self._calls.get((method, name))
-        if found is None:
-            served = self.served.get(name) if name else self.default
-            key = served.name if served else ""
-            found = key, self.metrics.call(method, key)
-            if served:
-                self._calls[method, name] = found
-        return found
-
-    def _admitted(self, work: Callable[[], Answer]) -> Answer:
-        self.admit()
-        try:
-            return work()
-        finally:
-            self.leave()
+    def overtaken(self, call: Call) -> bool:
+        """Whether what the call found on offer is offered no more, because something else is."""
+        return call.catalogue is not self.catalogue and not self.refusing.is_set()
 
     def admit(self) -> None:
         """Take one of the places for calls, or raise TooManyCalls or Draining; `leave` gives it back."""
         if self.refusing.is_set():
             raise Draining("this server is shutting down")
         if not self._places.acquire(blocking=False):
-            raise TooManyCalls(self.limits.max_concurrent_calls)
+            raise TooManyCalls(self._most_calls)
 
     def leave(self) -> None:
         self._places.release()
 
-    def admit_stream(self) -> None:
-        """As `admit`, for a stream; `leave_stream` gives the place back."""
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """A place for a stream; raises as `admit` does."""
         if not self._stream_places.acquire(blocking=False):
             raise TooManyCalls(self._most_streams, "streams")
         try:
             self.admit()
-        except Exception:
+            try:
+                yield
+            finally:
+                self.leave()
+        finally:
             self._stream_places.release()
-            raise
 
-    def leave_stream(self) -> None:
-        self.leave()
-        self._stream_places.release()
+    def _inference(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
+        """Work that needs a place; begun again where a reload closed the queue it was about to enter."""
+        self.admit()
+        try:
+            with call.quota.call():
+                for _ in range(MOST_RELOADS):
+                    try:
+                        return work(call)
+                    except Draining:
+                        if not self.overtaken(call):
+                            raise
+                        call = self.identify(call.context)
+                return work(call)
+        finally:
+            self.leave()
+
+    def _counted(self, method: str, name: str) -> tuple[str, CallMetrics]:
+        """A caller's name becomes a label only where it is one of ours: labels are kept for ever."""
+        calls = self._calls
+        found = calls.get((method, name))
+        if found is None:
+            served = self.catalogue.served.get(name) if name else self.catalogue.default
+            key = served.name if served else ""
+            found = key, self.metrics.call(method, key)
+            if served:
+                calls[method, name] = found
+        return found
 
 
 def abort(failure: Failure, context: grpc.ServicerContext) -> Never:
@@ -173,25 +209,6 @@ def deadline_of(context: grpc.ServicerContext) -> float | None:
     return None if left is None else time.monotonic() + left
 
 
-def submit(served: Served, images: NDArray[np.uint8], context: grpc.ServicerContext) -> Future[Result]:
-    """Queue images; they leave the queue when the caller's deadline passes."""
-    return served.loaded.batcher.submit(images, deadline_of(context))
-
-
-def compute(served: Served, images: NDArray[np.uint8], context: grpc.ServicerContext) -> Result:
-    """The answers to images: at once where nobody else is about, else through the queue, which they leave when the caller does."""
-    if (result := served.loaded.batcher.compute_now(images, deadline_of(context))) is not None:
-        return result
-    future = submit(served, images, context)
-
-    def give_up() -> None:
-        future.cancel()
-
-    if not context.add_callback(give_up):
-        give_up()
-    return wait(future, context)
-
-
 def wait(future: Future[Result], context: grpc.ServicerContext) -> Result:
     left = seconds_left(context)
     try:
@@ -201,3 +218,12 @@ def wait(future: Future[Result], context: grpc.ServicerContext) -> Result:
             raise
         future.cancel()
         raise DeadlineExceeded("the deadline passed while the images waited or were computed") from None
+
+
+def _limited(caller: Caller) -> bool:
+    return caller.quota.images_per_second is not None or caller.quota.concurrent_calls is not None
+
+
+def _host(peer: str) -> str:
+    """`ipv4:127.0.0.1:50051` without its port."""
+    return peer.rpartition(":")[0]

@@ -25,11 +25,13 @@ REFLECTION_STREAMS = 4
 class Health(health.HealthServicer):
     """grpcio's, but its watchers can be sent away: they watch for ever, and would hold up the server's end."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, ensembles: Iterable[str]) -> None:
         super().__init__()
         self._watched: set[grpc.ServicerContext] = set()
-        for name in names:
+        for name in ("", *SERVICES):
             self.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._offered = set[str]()
+        self.offer(ensembles)
 
     def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send_response_callback: Any = None
@@ -38,6 +40,22 @@ class Health(health.HealthServicer):
         context.add_callback(lambda: self._watched.discard(context))
         return super().Watch(request, context, send_response_callback)
 
+    def offer(self, names: Iterable[str]) -> None:
+        """These ensembles are answered for, and no others any more."""
+        offered = set(names)
+        for gone in self._offered - offered:
+            self.set(gone, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        for name in offered - self._offered:
+            self.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._offered = offered
+
+    def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> Any:
+        """As for a name that was never here, where an ensemble is gone; `SERVICE_UNKNOWN` is for watchers only."""
+        answer: Any = super().Check(request, context)
+        if answer.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            context.abort(grpc.StatusCode.NOT_FOUND, "")
+        return answer
+
     def end_watches(self) -> None:
         for context in tuple(self._watched):
             context.cancel()
@@ -45,7 +63,7 @@ class Health(health.HealthServicer):
 
 def add_health(server: grpc.Server, ensembles: Iterable[str]) -> Health:
     """Everything SERVING; `enter_graceful_shutdown` of what is returned says NOT_SERVING for all, for good."""
-    servicer = Health(("", *SERVICES, *ensembles))
+    servicer = Health(ensembles)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return servicer
 

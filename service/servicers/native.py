@@ -8,22 +8,21 @@ from time import perf_counter
 
 import grpc
 
-from service.codec import Answers, decode_images, disclosure, encode_results
+from service.codec import Answers, decode_images, encode_results
+from service.config import Scope
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.servicers.description import describe
-from service.servicers.gate import Gate, compute
+from service.servicers.gate import Call, Gate
 from service.servicers.stream import answer_stream
 
 
 class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        ensembles = [describe(served, gate) for served in gate.served.values()]
-        self._descriptions = {ensemble.name: ensemble for ensemble in ensembles}
 
     def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
-        return self._gate.answer("Classify", request.ensemble, context, partial(self._classify, request, context))
+        return self._gate.answer("Classify", request.ensemble, context, partial(self._classify, request))
 
     def ClassifyStream(
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
@@ -31,21 +30,26 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
         return answer_stream(self._gate, request_iterator, context)
 
     def ListEnsembles(self, request: pb.ListEnsemblesRequest, context: grpc.ServicerContext) -> pb.ListEnsemblesResponse:
-        return pb.ListEnsemblesResponse(ensembles=self._descriptions.values())
+        def listed(call: Call) -> pb.ListEnsemblesResponse:
+            ensembles = [describe(served, call.catalogue, call.caller.disclosure) for served in call.catalogue.served.values()]
+            return pb.ListEnsemblesResponse(ensembles=ensembles)
+
+        return self._gate.answer("ListEnsembles", "", context, listed, Scope.DESCRIBE)
 
     def GetEnsemble(self, request: pb.GetEnsembleRequest, context: grpc.ServicerContext) -> pb.GetEnsembleResponse:
-        def description() -> pb.GetEnsembleResponse:
-            return pb.GetEnsembleResponse(ensemble=self._descriptions[self._gate.find(request.ensemble).name])
+        def description(call: Call) -> pb.GetEnsembleResponse:
+            served = call.catalogue.find(request.ensemble)
+            return pb.GetEnsembleResponse(ensemble=describe(served, call.catalogue, call.caller.disclosure))
 
-        return self._gate.answer("GetEnsemble", request.ensemble, context, description)
+        return self._gate.answer("GetEnsemble", request.ensemble, context, description, Scope.DESCRIBE)
 
-    def _classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
-        served, limits = self._gate.find(request.ensemble), self._gate.limits
-        level = disclosure(request.disclosure, limits.disclosure)
+    def _classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
+        served, level = call.ensemble(request.ensemble), call.disclosure(request.disclosure)
+        call.quota.spend(len(request.images))
         began = perf_counter()
-        decoded = decode_images(request.images, served.spec, limits, context.is_active)
+        decoded = decode_images(request.images, served.spec, call.catalogue.limits, call.context.is_active)
         served.metrics.decode(perf_counter() - began)
-        result = compute(served, decoded.pixels, context) if len(decoded.pixels) else None
+        result = call.compute(served, decoded.pixels) if len(decoded.pixels) else None
         began = perf_counter()
         response = pb.ClassifyResponse(
             ensemble=served.name, bundle_version=served.bundle_version, disclosure=pb.Disclosure.ValueType(level)

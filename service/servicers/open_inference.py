@@ -12,11 +12,12 @@ from time import perf_counter
 
 import grpc
 
-from service.config import BatchingConfig
+from service.config import Scope
 from service.errors import UnknownName
 from service.pb.inference import open_inference_pb2 as pb
 from service.pb.inference import open_inference_pb2_grpc as pb_grpc
-from service.servicers.gate import Gate, Served, compute
+from service.servicers.catalogue import Served
+from service.servicers.gate import Call, Gate
 from service.servicers.statistics import statistics
 from service.tensors import DATATYPE, INPUT, TYPES, disclosed_outputs, read_input, requested_outputs, write_outputs
 
@@ -25,8 +26,8 @@ PLATFORM = "phalanx_onnxruntime"
 
 
 class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, gate: Gate, batching: BatchingConfig) -> None:
-        self._gate, self._batching = gate, batching
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
 
     def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -35,91 +36,101 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerReadyResponse(ready=self._gate.ready)
 
     def ModelReady(self, request: pb.ModelReadyRequest, context: grpc.ServicerContext) -> pb.ModelReadyResponse:
-        def readiness() -> pb.ModelReadyResponse:
-            self._find(request.name, request.version, "name", "version")
+        def readiness(call: Call) -> pb.ModelReadyResponse:
+            if Scope.DESCRIBE not in call.caller.scopes:
+                call.caller.check_ensemble(request.name)
+            _find(call, request.name, request.version, "name", "version")
             return pb.ModelReadyResponse(ready=self._gate.ready)
 
         return self._gate.answer("ModelReady", request.name, context, readiness)
 
     def ServerMetadata(self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="phalanx", version=_own_version(), extensions=["model_configuration", "statistics"])
+        def metadata(_: Call) -> pb.ServerMetadataResponse:
+            extensions = ["model_configuration", "statistics"]
+            return pb.ServerMetadataResponse(name="phalanx", version=_own_version(), extensions=extensions)
+
+        return self._gate.answer("ServerMetadata", "", context, metadata)
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext) -> pb.ModelMetadataResponse:
-        return self._gate.answer("ModelMetadata", request.name, context, partial(self._metadata, request))
+        return self._gate.answer("ModelMetadata", request.name, context, partial(_metadata, request), Scope.DESCRIBE)
 
     def ModelConfig(self, request: pb.ModelConfigRequest, context: grpc.ServicerContext) -> pb.ModelConfigResponse:
-        return self._gate.answer("ModelConfig", request.name, context, partial(self._configuration, request))
+        return self._gate.answer("ModelConfig", request.name, context, partial(_configuration, request), Scope.DESCRIBE)
 
     def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext) -> pb.ModelStatisticsResponse:
-        def counted() -> pb.ModelStatisticsResponse:
-            found = [self._find(request.name, request.version, "name", "version")] if request.name else self._gate.served.values()
-            return pb.ModelStatisticsResponse(model_stats=[statistics(served, self._gate, MODEL_VERSION) for served in found])
+        def counted(call: Call) -> pb.ModelStatisticsResponse:
+            served = call.catalogue.served.values()
+            found = [_find(call, request.name, request.version, "name", "version")] if request.name else served
+            return pb.ModelStatisticsResponse(model_stats=[statistics(each, self._gate, MODEL_VERSION) for each in found])
 
-        return self._gate.answer("ModelStatistics", request.name, context, counted)
+        return self._gate.answer("ModelStatistics", request.name, context, counted, Scope.ADMIN)
 
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
-        return self._gate.answer("ModelInfer", request.model_name, context, partial(self._infer, request, context))
+        return self._gate.answer("ModelInfer", request.model_name, context, partial(_infer, request))
 
-    def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
-        served, limits = (
-            self._find(request.model_name, request.model_version, "model_name", "model_version"),
-            self._gate.limits,
-        )
-        outputs = requested_outputs(request.outputs, served.names, limits.disclosure)
-        began = perf_counter()
-        images = read_input(request, served.spec, limits)
-        served.metrics.decode(perf_counter() - began)
-        result = compute(served, images, context)
-        began = perf_counter()
-        response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
-        response.parameters["bundle_version"].string_param = served.bundle_version
-        write_outputs(response, result, outputs)
-        served.metrics.encode(perf_counter() - began)
-        return response
 
-    def _metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
-        served = self._find(request.name, request.version, "name", "version")
-        tensor = pb.ModelMetadataResponse.TensorMetadata
-        outputs = disclosed_outputs(served.names, self._gate.limits.disclosure)
-        return pb.ModelMetadataResponse(
-            name=served.name,
-            versions=[MODEL_VERSION],
-            platform=PLATFORM,
-            inputs=[tensor(name=INPUT, datatype=DATATYPE, shape=[-1, *served.spec.shape])],
-            outputs=[tensor(name=output.name, datatype=output.datatype, shape=[-1, *output.shape]) for output in outputs],
-        )
+def _infer(request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+    call.caller.check_ensemble(request.model_name)
+    served = _find(call, request.model_name, request.model_version, "model_name", "model_version")
+    outputs = requested_outputs(request.outputs, served.names, call.caller.disclosure)
+    began = perf_counter()
+    images = read_input(request, served.spec, call.catalogue.limits)
+    served.metrics.decode(perf_counter() - began)
+    call.quota.spend(len(images))
+    result = call.compute(served, images)
+    began = perf_counter()
+    response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
+    response.parameters["bundle_version"].string_param = served.bundle_version
+    write_outputs(response, result, outputs)
+    served.metrics.encode(perf_counter() - began)
+    return response
 
-    def _configuration(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
-        served = self._find(request.name, request.version, "name", "version")
-        outputs = disclosed_outputs(served.names, self._gate.limits.disclosure)
-        config = pb.ModelConfig(
-            name=served.name,
-            platform=PLATFORM,
-            backend="phalanx",
-            max_batch_size=self._gate.limits.max_images_per_request,
-            input=[pb.ModelInput(name=INPUT, data_type=pb.TYPE_UINT8, format=pb.ModelInput.FORMAT_NHWC, dims=served.spec.shape)],
-            output=[
-                # one number per image has no dimension of its own; the extension writes [1]
-                pb.ModelOutput(name=output.name, data_type=TYPES[output.datatype], dims=output.shape or [1])
-                for output in outputs
-            ],
-            dynamic_batching=pb.ModelDynamicBatching(
-                preferred_batch_size=[self._batching.max_batch_size],
-                max_queue_delay_microseconds=int(self._batching.max_delay_ms * 1000),
-                preserve_ordering=True,
-            ),
-        )
-        parameters = {"bundle_version": served.bundle_version, "classes": "\n".join(served.names.classes)}
-        for key, value in parameters.items():
-            config.parameters[key].string_value = value
-        return pb.ModelConfigResponse(config=config)
 
-    def _find(self, name: str, wanted: str, name_field: str, version_field: str) -> Served:
-        if name not in self._gate.served:  # here an empty name is a mistake and not the default
-            raise UnknownName("model", name, self._gate.served, name_field)
-        if wanted not in ("", MODEL_VERSION):
-            raise UnknownName("version", wanted, [MODEL_VERSION], version_field)
-        return self._gate.served[name]
+def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
+    served = _find(call, request.name, request.version, "name", "version")
+    tensor = pb.ModelMetadataResponse.TensorMetadata
+    outputs = disclosed_outputs(served.names, call.caller.disclosure)
+    return pb.ModelMetadataResponse(
+        name=served.name,
+        versions=[MODEL_VERSION],
+        platform=PLATFORM,
+        inputs=[tensor(name=INPUT, datatype=DATATYPE, shape=[-1, *served.spec.shape])],
+        outputs=[tensor(name=output.name, datatype=output.datatype, shape=[-1, *output.shape]) for output in outputs],
+    )
+
+
+def _configuration(request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
+    served, batching = _find(call, request.name, request.version, "name", "version"), call.catalogue.config.batching
+    outputs = disclosed_outputs(served.names, call.caller.disclosure)
+    config = pb.ModelConfig(
+        name=served.name,
+        platform=PLATFORM,
+        backend="phalanx",
+        max_batch_size=call.catalogue.limits.max_images_per_request,
+        input=[pb.ModelInput(name=INPUT, data_type=pb.TYPE_UINT8, format=pb.ModelInput.FORMAT_NHWC, dims=served.spec.shape)],
+        output=[
+            # one number per image has no dimension of its own; the extension writes [1]
+            pb.ModelOutput(name=output.name, data_type=TYPES[output.datatype], dims=output.shape or [1])
+            for output in outputs
+        ],
+        dynamic_batching=pb.ModelDynamicBatching(
+            preferred_batch_size=[batching.max_batch_size],
+            max_queue_delay_microseconds=int(batching.max_delay_ms * 1000),
+            preserve_ordering=True,
+        ),
+    )
+    parameters = {"bundle_version": served.bundle_version, "classes": "\n".join(served.names.classes)}
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return pb.ModelConfigResponse(config=config)
+
+
+def _find(call: Call, name: str, wanted: str, name_field: str, version_field: str) -> Served:
+    if name not in call.catalogue.served:  # here an empty name is a mistake and not the default
+        raise UnknownName("model", name, call.catalogue.served, name_field)
+    if wanted not in ("", MODEL_VERSION):
+        raise UnknownName("version", wanted, [MODEL_VERSION], version_field)
+    return call.catalogue.served[name]
 
 
 def _own_version() -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from prometheus_client.samples import Sample
 
 from service.pb.inference import open_inference_pb2 as pb
-from service.servicers.gate import INFERENCES, Gate, Served
+from service.servicers.catalogue import Served
+from service.servicers.gate import INFERENCES, Gate
 
 NANOSECONDS = 1e9
 

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 
@@ -19,12 +20,13 @@ import grpc
 import numpy as np
 
 from service.batcher import Draining, Result
-from service.codec import Answers, decode_one, disclosure, write_error
+from service.codec import Answers, decode_one, write_error
 from service.config import Disclosure
-from service.errors import SilentStream, TooManyCalls, failure_of, request_id_of
+from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated, failure_of, request_id_of
 from service.images import PixelBudget
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from service.servicers.gate import Gate, Served, abort, submit, wait
+from service.servicers.catalogue import Served
+from service.servicers.gate import MOST_RELOADS, Call, Gate, abort, wait
 from service.servicers.malformed import Malformed
 
 WINDOW = 64
@@ -53,16 +55,16 @@ class _Entry:
 def answer_stream(
     gate: Gate, requests: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
 ) -> Iterator[pb.ClassifyStreamResponse]:
-    try:
-        gate.admit_stream()
-    except (Draining, TooManyCalls) as error:
-        gate.refuse(METHOD, error, context)  # counted here: an admitted stream is counted by its requests
-    try:
-        yield from _Stream(gate, context).answers(requests)
-    except (Draining, SilentStream) as error:
-        abort(failure_of(error), context)
-    finally:
-        gate.leave_stream()
+    with ExitStack() as places:
+        try:
+            places.enter_context(gate.identify(context).quota.call())
+            places.enter_context(gate.stream())
+        except (Draining, TooFast, TooManyCalls, Unauthenticated) as error:
+            gate.refuse(METHOD, error, context)  # counted here: an admitted stream is counted by its requests
+        try:
+            yield from _Stream(gate, context).answers(requests)
+        except (Draining, SilentStream, Unauthenticated) as error:
+            abort(failure_of(error), context)
 
 
 class _Stream:
@@ -87,13 +89,14 @@ class _Stream:
 
     def _next(self) -> _Entry | None:
         """The entry to answer next, or None at the end; a stream that waits for its caller does not wait for ever."""
-        until = monotonic() + self._gate.limits.stream_idle_seconds
+        idle = self._gate.catalogue.limits.stream_idle_seconds
+        until = monotonic() + idle
         while not self._gate.refusing.is_set():
             try:
                 return self._entries.get(timeout=min(LOOK_SECONDS, max(0.0, until - monotonic())))
             except queue.Empty:
                 if monotonic() >= until:
-                    raise SilentStream(f"no request came for {self._gate.limits.stream_idle_seconds:g} s") from None
+                    raise SilentStream(f"no request came for {idle:g} s") from None
         try:
             return self._entries.get_nowait()
         except queue.Empty:
@@ -133,16 +136,27 @@ class _Stream:
 
     def _submitted(self, request: pb.ClassifyStreamRequest) -> _Submitted | Exception:
         try:
-            served, limits = self._gate.find(request.ensemble), self._gate.limits
-            level = disclosure(request.disclosure, limits.disclosure)
-            began = perf_counter()
-            image = decode_one(request.image, served.spec, PixelBudget(limits.max_image_pixels), "image")
-            served.metrics.decode(perf_counter() - began)
-            future = submit(served, image.array[np.newaxis], self._context)
-            self._pending.add(future)
-            return _Submitted(served, level, image.resized, future)
+            call = self._gate.identify(self._context)  # for every request: a token may be revoked while a stream is open
+            call.quota.spend(1)
+            for _ in range(MOST_RELOADS):
+                try:
+                    return self._submit(request, call)
+                except Draining:
+                    if not self._gate.overtaken(call):
+                        raise
+                    call = self._gate.identify(self._context)
+            return self._submit(request, call)
         except Exception as error:
             return error
+
+    def _submit(self, request: pb.ClassifyStreamRequest, call: Call) -> _Submitted:
+        served, level = call.ensemble(request.ensemble), call.disclosure(request.disclosure)
+        began = perf_counter()
+        image = decode_one(request.image, served.spec, PixelBudget(call.catalogue.limits.max_image_pixels), "image")
+        served.metrics.decode(perf_counter() - began)
+        future = call.submit(served, image.array[np.newaxis])
+        self._pending.add(future)
+        return _Submitted(served, level, image.resized, future)
 
     def _leave(self, entry: _Entry) -> pb.ClassifyStreamResponse:
         """The answer to one request; an error is one too, and does not end the stream."""
@@ -158,6 +172,9 @@ class _Stream:
             response.disclosure = pb.Disclosure.ValueType(level)
             Answers(result, served.names, level).write(0, response.result.classification, entry.outcome.resized)
             served.metrics.encode(perf_counter() - began)
+        except Unauthenticated:
+            code = grpc.StatusCode.UNAUTHENTICATED
+            raise  # the stream's, and not this request's alone
         except Exception as error:
             failure = failure_of(error, request_id_of(self._context))
             code = failure.code
@@ -166,5 +183,5 @@ class _Stream:
         finally:
             if isinstance(entry.outcome, _Submitted):
                 self._pending.discard(entry.outcome.future)
-        self._gate.end(METHOD, entry.ensemble, entry.began, code)
+            self._gate.end(METHOD, entry.ensemble, entry.began, code)
         return response

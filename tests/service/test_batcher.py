@@ -20,9 +20,9 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Decision
 from service.batcher import Batcher, DeadlineExceeded, Draining, QueueFull, Result
 from service.config import BatchingConfig, DeviceConfig
-from service.engine import ComputeThreads, Engine, Images, Run
+from service.engine import ComputeThreads, Engine, Images, Run, Stop, Stopped
 from service.graph import build_graph
-from service.metrics import Metrics
+from service.metrics import Closed, Metrics
 from tests.bundles import random_images, write_tiny_bundle
 
 SECONDS = 20  # how long a test waits for what must happen
@@ -40,15 +40,23 @@ class GatedEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.before: Callable[[int], None] = lambda _: None  # gets the number of the run, from 1
+        self.stopped: list[int] = []  # numbers of the runs that were stopped
 
-    def run(self, images: Images) -> Run:
+    def run(self, images: Images, *, stop: Stop | None = None) -> Run:
         self.runs.append(len(images))
         self.callers.add(threading.get_ident())
         self.entered.release()
         assert self.gate.wait(SECONDS)
         if self.error is not None:
             raise self.error
-        return self._engine.run(images)
+        number = len(self.runs)
+        self.before(number)
+        try:
+            return self._engine.run(images, stop=stop)
+        except Stopped:
+            self.stopped.append(number)
+            raise
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -105,7 +113,7 @@ def alone(real: Engine, images: Images) -> list[Decision]:
 def batcher(
     engine: GatedEngine, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic, **limits: Any
 ) -> Iterator[Batcher]:
-    own = (metrics or Metrics()).ensemble("full", ["metric", "edge", "adversarial", "bayesian"], ["a", "b", "c", "d"])
+    own = (metrics or Metrics()).ensemble("full", ["metric", "edge", "adversarial", "bayesian"], ["a", "b", "c", "d", "e"])
     made = Batcher(engine, BatchingConfig.model_validate({"max_delay_ms": 0} | limits), own, "full", clock)
     try:
         yield made
@@ -230,6 +238,79 @@ def test_nobody_is_waited_for_beyond_a_deadline(engine: GatedEngine, images: Ima
         began = time.monotonic()
         assert queue.submit(images[:1], deadline=now + 0.5).result(SECONDS).batch_size == 1
         assert time.monotonic() - began < 0.9
+
+
+def test_callers_take_turns(engine: GatedEngine, images: Images) -> None:
+    """Whoever sent twenty requests first does not keep another's two waiting."""
+    finished: list[str] = []
+    with batcher(engine, max_batch_size=2) as queue:
+        with engine.held():
+            queue.submit(images[:1], caller="many")
+            engine.await_run()
+            futures = [queue.submit(images[:1], caller="many") for _ in range(20)] + [
+                queue.submit(images[:1], caller="few") for _ in range(2)
+            ]
+            for name, future in zip(["many"] * 20 + ["few"] * 2, futures, strict=True):
+                future.add_done_callback(lambda _, name=name: finished.append(name))  # type: ignore[misc]
+        wait(futures, SECONDS)
+    assert finished[:4].count("few") == 2
+    assert len(finished) == 22
+
+
+def test_a_known_caller_leaves_room_in_the_queue_for_others(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_queue=18, max_batch_size=2) as queue, engine.held():
+        queue.submit(images[:1], caller="many")
+        engine.await_run()
+        for _ in range(16):  # eight times what is left free, which is two
+            queue.submit(images[:1], caller="many")
+        with pytest.raises(QueueFull, match="holds 16 of at most 18 images"):
+            queue.submit(images[:1], caller="many")
+        queue.submit(images[:2], caller="few")
+
+
+@pytest.mark.parametrize("still_there", [0, 1, 3])
+def test_a_run_is_stopped_when_the_last_who_awaited_it_gives_up(
+    engine: GatedEngine, images: Images, alone: list[Decision], still_there: int
+) -> None:
+    together: list[Future[Result]] = []
+
+    def give_up(run: int) -> None:
+        if run == 2:
+            for future in together[still_there:]:
+                future.cancel()
+
+    engine.before = give_up
+    with batcher(engine) as queue:
+        with engine.held():
+            first = queue.submit(images[:1])
+            engine.await_run()
+            together += [queue.submit(images[i : i + 1]) for i in range(3)]
+        first.result(SECONDS)
+        for index, future in enumerate(together[:still_there]):
+            assert_same(future.result(SECONDS), alone[index : index + 1])
+        assert_same(queue.submit(images[:1]).result(SECONDS), alone[:1])
+    assert engine.runs == [1, 3, 1]
+    assert engine.stopped == ([2] if still_there == 0 else [])
+
+
+@pytest.mark.parametrize(
+    "reason, size, deadline", [("full", 3, None), ("delay", 1, None), ("deadline", 1, 100.01)], ids=lambda value: str(value)
+)
+def test_a_batch_says_why_it_took_in_no_more(
+    engine: GatedEngine, images: Images, reason: str, size: int, deadline: float | None
+) -> None:
+    metrics, now = Metrics(), 100.0  # stands still, so that the delay is not over before it is waited for
+
+    def closed() -> dict[str, float]:
+        get = metrics.registry.get_sample_value
+        return {why: get("phalanx_batches_total", {"ensemble": "full", "reason": why}) or 0 for why in Closed}
+
+    with batcher(engine, metrics, clock=lambda: now, max_delay_ms=50, max_batch_size=3) as queue:
+        answered_together(queue, engine, images)
+        before = closed()
+        queue.submit(images[:size], deadline).result(SECONDS)
+        assert {why: count - before[why] for why, count in closed().items() if count > before[why]} == {reason: 1}
+        assert sum(closed().values()) == len(engine.runs)
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: GatedEngine, images: Images) -> None:

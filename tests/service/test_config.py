@@ -102,7 +102,7 @@ def test_what_kubernetes_injects_for_a_service_called_phalanx_is_not_ours() -> N
             r"phalanx.yaml, line 4: unknown key `ensembles.x.wihtout`; did you mean `without`\?",
             id="a misspelled key deep inside",
         ),
-        pytest.param("zzz: 1", r"unknown key `zzz`; valid keys here: batching, bundle", id="a key like none"),
+        pytest.param("zzz: 1", r"unknown key `zzz`; valid keys here: admin, batching, bundle", id="a key like none"),
         pytest.param("listen: 127.0.0.1", "line 1: listen: expected host:port", id="an address without a port"),
         pytest.param("listen: 127.0.0.1:99999", "expected host:port", id="a port too high"),
         pytest.param("listen: ::1:50051", "expected host:port", id="an IPv6 host without brackets"),

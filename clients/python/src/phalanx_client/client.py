@@ -26,8 +26,8 @@ class Client:
             print(result)
 
     `credentials` are grpcio's, as `grpc.ssl_channel_credentials()` makes them; without them the connection is plain
-    text.  Every call raises PhalanxError where it fails as a whole; an image that cannot be classified is an ImageError
-    among the results.
+    text.  `token` is sent with every call, where the server asks for one.  Every call raises PhalanxError where it fails
+    as a whole; an image that cannot be classified is an ImageError among the results.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Client:
         target: str = "127.0.0.1:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str = "",
         options: Iterable[tuple[str, str | int]] = (),
     ) -> None:
         settings = [*OPTIONS, *options]
@@ -42,6 +43,7 @@ class Client:
             self._channel = grpc.insecure_channel(target, settings)
         else:
             self._channel = grpc.secure_channel(target, credentials, settings)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = pb_grpc.DefenseEnsembleStub(self._channel)
 
     def classify(
@@ -56,7 +58,7 @@ class Client:
             ensemble=ensemble, images=map(to_message, images), disclosure=pb.Disclosure.ValueType(disclosure)
         )
         try:
-            return answers.answer(self._stub.Classify(request, timeout=timeout))
+            return answers.answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise errors.from_call(error) from None
 
@@ -88,7 +90,7 @@ class Client:
                 broken.append(error)
                 call.cancel()
 
-        call = self._stub.ClassifyStream(requests(), timeout=timeout)
+        call = self._stub.ClassifyStream(requests(), timeout=timeout, metadata=self._metadata)
         try:
             for message in call:
                 yield answers.stream_answer(message)
@@ -100,14 +102,15 @@ class Client:
     def list_ensembles(self, *, timeout: float | None = TIMEOUT) -> tuple[Ensemble, ...]:
         """Everything the server answers for; its default comes first."""
         try:
-            response = self._stub.ListEnsembles(pb.ListEnsemblesRequest(), timeout=timeout)
+            response = self._stub.ListEnsembles(pb.ListEnsemblesRequest(), timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise errors.from_call(error) from None
         return tuple(answers.ensemble(message) for message in response.ensembles)
 
     def get_ensemble(self, ensemble: str = "", *, timeout: float | None = TIMEOUT) -> Ensemble:
         try:
-            response = self._stub.GetEnsemble(pb.GetEnsembleRequest(ensemble=ensemble), timeout=timeout)
+            request = pb.GetEnsembleRequest(ensemble=ensemble)
+            response = self._stub.GetEnsemble(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise errors.from_call(error) from None
         return answers.ensemble(response.ensemble)

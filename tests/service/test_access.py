@@ -1,0 +1,352 @@
+"""Who may do what: tokens, certificates, scopes, disclosure and quotas, over real connections, through both APIs."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.access import token_digest
+from service.connect import Bearer
+from service.graph_cache import GraphCache
+from service.pb.inference import open_inference_pb2 as inference
+from service.pb.inference import open_inference_pb2_grpc as inference_grpc
+from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
+from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+from service.server import CannotListen, Server
+from tests.service.certificates import Authority
+from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
+
+CODE = grpc.StatusCode
+TOKENS = {name: f"the token of {name}" for name in ("shop", "lab", "ops", "slow", "narrow")}
+CALLERS: dict[str, dict[str, Any]] = {
+    "shop": {"scopes": ["classify"], "disclosure": "label"},
+    "lab": {"scopes": ["classify", "ablate", "describe"]},
+    "ops": {"scopes": ["admin"]},
+    "slow": {"scopes": ["classify"], "quota": {"images_per_second": 2, "burst_images": 3}},
+    "narrow": {"scopes": ["classify"], "quota": {"concurrent_calls": 1}},
+}
+KNOWN = {name: {**caller, "token_sha256": token_digest(TOKENS[name])} for name, caller in CALLERS.items()}
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_bundle: Path, graphs: GraphCache) -> Iterator[Running]:
+    with serving(tiny_bundle, graphs, callers=KNOWN, admin="127.0.0.1:0") as server:
+        yield server
+
+
+class As:
+    """The server as one caller sees it."""
+
+    def __init__(self, channel: grpc.Channel, name: str | None) -> None:
+        self.channel = grpc.intercept_channel(channel, Bearer(TOKENS.get(name, name))) if name else channel
+        self.native = pb_grpc.DefenseEnsembleStub(self.channel)
+        self.open_inference = inference_grpc.GRPCInferenceServiceStub(self.channel)
+
+
+def caller(running: Running, name: str | None) -> As:
+    return As(running.channel, name)
+
+
+def infer(ensemble: str = "full", outputs: tuple[str, ...] = ()) -> inference.ModelInferRequest:
+    pixels = random_pixels(1)
+    tensor = inference.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=pixels.shape)
+    asked = [inference.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs]
+    return inference.ModelInferRequest(model_name=ensemble, inputs=[tensor], outputs=asked, raw_input_contents=[pixels.tobytes()])
+
+
+def refusal(call: Callable[[], object]) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code()
+
+
+EVERYTHING: dict[str, Callable[[As], object]] = {
+    "Classify": lambda at: at.native.Classify(request(random_pixels(1))),
+    "ClassifyStream": lambda at: list(at.native.ClassifyStream(iter([pb.ClassifyStreamRequest()]))),
+    "ListEnsembles": lambda at: at.native.ListEnsembles(pb.ListEnsemblesRequest()),
+    "GetEnsemble": lambda at: at.native.GetEnsemble(pb.GetEnsembleRequest()),
+    "ModelInfer": lambda at: at.open_inference.ModelInfer(infer()),
+    "ModelReady": lambda at: at.open_inference.ModelReady(inference.ModelReadyRequest(name="full")),
+    "ModelMetadata": lambda at: at.open_inference.ModelMetadata(inference.ModelMetadataRequest(name="full")),
+    "ModelConfig": lambda at: at.open_inference.ModelConfig(inference.ModelConfigRequest(name="full")),
+    "ModelStatistics": lambda at: at.open_inference.ModelStatistics(inference.ModelStatisticsRequest(name="full")),
+    "ServerMetadata": lambda at: at.open_inference.ServerMetadata(inference.ServerMetadataRequest()),
+}
+ALLOWED = {
+    "shop": {"Classify", "ClassifyStream", "ModelInfer", "ModelReady", "ServerMetadata"},
+    "lab": set(EVERYTHING) - {"ModelStatistics"},
+    "ops": {"ModelStatistics", "ServerMetadata"},
+}
+
+
+@pytest.mark.parametrize("method", EVERYTHING)
+@pytest.mark.parametrize("name", [None, "nobody's token"])
+def test_without_valid_credentials_nothing_is_answered(guarded: Running, method: str, name: str | None) -> None:
+    assert refusal(lambda: EVERYTHING[method](caller(guarded, name))) is CODE.UNAUTHENTICATED
+
+
+def test_every_method_of_both_apis_is_among_them() -> None:
+    methods = {
+        method.name
+        for file, service in ((pb, "DefenseEnsemble"), (inference, "GRPCInferenceService"))
+        for method in file.DESCRIPTOR.services_by_name[service].methods
+    }
+    assert methods - {"ServerLive", "ServerReady"} == set(EVERYTHING)
+
+
+def test_health_is_answered_to_anybody(guarded: Running) -> None:
+    answer = guarded.health.Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    assert caller(guarded, None).open_inference.ServerLive(inference.ServerLiveRequest()).live
+    assert caller(guarded, None).open_inference.ServerReady(inference.ServerReadyRequest()).ready
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("method", EVERYTHING)
+def test_a_scope_allows_what_it_is_for(guarded: Running, method: str, name: str) -> None:
+    if method in ALLOWED[name]:
+        EVERYTHING[method](caller(guarded, name))
+    elif method == "ClassifyStream":  # where every request has an error of its own
+        (answer,) = caller(guarded, name).native.ClassifyStream(iter([pb.ClassifyStreamRequest()]))
+        assert answer.result.error.code == CODE.PERMISSION_DENIED.value[0]
+    else:
+        assert refusal(lambda: EVERYTHING[method](caller(guarded, name))) is CODE.PERMISSION_DENIED
+
+
+def test_a_caller_is_told_the_label_only_through_either_api(guarded: Running) -> None:
+    shop = caller(guarded, "shop")
+    answer = shop.native.Classify(request(random_pixels(1)))
+    assert answer.disclosure == pb.DISCLOSURE_LABEL
+    told = {field.name for field, _ in answer.results[0].classification.ListFields()}
+    assert told <= {"class_index", "class_name"}
+    assert [output.name for output in shop.open_inference.ModelInfer(infer()).outputs] == ["label"]
+    assert refusal(lambda: shop.open_inference.ModelInfer(infer(outputs=("probabilities",)))) is CODE.PERMISSION_DENIED
+    more = request(random_pixels(1), disclosure=pb.DISCLOSURE_VERDICT)
+    assert refusal(lambda: shop.native.Classify(more)) is CODE.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("ensemble", ["no-edge", "no-such-ensemble"])
+def test_other_ensembles_need_a_scope_and_are_not_even_denied_by_name(guarded: Running, ensemble: str) -> None:
+    """Whether there is one of this name is not told either."""
+    shop = caller(guarded, "shop")
+    sentences = set()
+    for ask in (
+        lambda: shop.native.Classify(request(random_pixels(1), ensemble)),
+        lambda: shop.open_inference.ModelInfer(infer(ensemble)),
+        lambda: shop.open_inference.ModelReady(inference.ModelReadyRequest(name=ensemble)),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            ask()
+        assert caught.value.code() is CODE.PERMISSION_DENIED
+        sentences.add(caught.value.details())
+    assert sentences == {"caller `shop` may ask full; others need the scope `ablate`"}
+
+
+def test_with_the_scope_every_ensemble_is_answered(guarded: Running) -> None:
+    lab = caller(guarded, "lab")
+    assert lab.native.Classify(request(random_pixels(1), "no-edge")).ensemble == "no-edge"
+    assert lab.open_inference.ModelInfer(infer("no-edge")).model_name == "no-edge"
+
+
+def test_a_scope_may_name_its_ensembles(tiny_bundle: Path, graphs: GraphCache) -> None:
+    scopes = {"classify": {"ensembles": ["full", "no-edge"], "disclosure": "verdict"}, "ablate": {"ensembles": ["votes-only"]}}
+    with serving(tiny_bundle, graphs, callers=KNOWN, scopes=scopes) as running:
+        slow, lab = caller(running, "slow"), caller(running, "lab")
+        assert slow.native.Classify(request(random_pixels(1), "no-edge")).disclosure == pb.DISCLOSURE_VERDICT
+        assert refusal(lambda: slow.native.Classify(request(random_pixels(1), "votes-only"))) is CODE.PERMISSION_DENIED
+        assert lab.native.Classify(request(random_pixels(1), "votes-only")).disclosure == pb.DISCLOSURE_EVIDENCE
+        assert refusal(lambda: lab.native.Classify(request(random_pixels(1), "fresh"))) is CODE.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("value", ["Basic abc", "the token of shop", "Bearer", "Bearer ", f"Bearer {token_digest(TOKENS['shop'])}"])
+def test_other_kinds_of_authorization_are_refused(guarded: Running, value: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        guarded.native.Classify(request(random_pixels(1)), metadata=(("authorization", value),))
+    assert caught.value.code() is CODE.UNAUTHENTICATED
+
+
+def test_the_scheme_is_written_in_any_case(guarded: Running) -> None:
+    guarded.native.Classify(request(random_pixels(1)), metadata=(("authorization", f"bEARER {TOKENS['shop']}"),))
+
+
+# --- quotas
+
+
+def test_who_asks_too_fast_is_told_when_to_come_back(guarded: Running) -> None:
+    slow = caller(guarded, "slow")
+    slow.native.Classify(request(random_pixels(5)))  # more than the bucket holds, and so into debt
+    with pytest.raises(grpc.RpcError) as caught:
+        slow.open_inference.ModelInfer(infer())
+    assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+    wait = retry_seconds(caught.value)
+    assert wait is not None
+    assert 0.5 < wait <= 1.5  # 5 of 3 tokens: 3 are missing, at 2 a second
+    caller(guarded, "shop").native.Classify(request(random_pixels(1)))  # nobody else is
+    time.sleep(wait)
+    slow.native.Classify(request(random_pixels(1)))
+
+
+def test_a_callers_calls_at_once_are_limited(guarded: Running) -> None:
+    narrow, over = caller(guarded, "narrow"), threading.Event()
+
+    def waiting() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest()
+        over.wait(20)
+
+    stream = narrow.native.ClassifyStream(waiting())
+    next(stream)
+    assert refusal(lambda: narrow.native.Classify(request(random_pixels(1)))) is CODE.RESOURCE_EXHAUSTED
+    assert refusal(lambda: list(narrow.native.ClassifyStream(iter(())))) is CODE.RESOURCE_EXHAUSTED
+    over.set()
+    assert list(stream) == []
+    _eventually(lambda: narrow.native.Classify(request(random_pixels(1))))
+
+
+def test_without_callers_every_address_has_a_quota(tiny_bundle: Path, graphs: GraphCache) -> None:
+    with serving(tiny_bundle, graphs, quota={"images_per_second": 0.1, "burst_images": 2}) as running:
+        running.native.Classify(request(random_pixels(2)))
+        assert refusal(lambda: running.native.Classify(request(random_pixels(1)))) is CODE.RESOURCE_EXHAUSTED
+
+
+# --- TLS
+
+
+@contextlib.contextmanager
+def connection(server: Server, authority: Authority, shown: Any = None) -> Iterator[As]:
+    files = (authority.pem, shown.key if shown else None, shown.certificate if shown else None)
+    options = [("grpc.ssl_target_name_override", "phalanx.test")]
+    with grpc.secure_channel(str(server.address), grpc.ssl_channel_credentials(*files), options) as channel:
+        yield As(channel, None)
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority()
+
+
+def certified(tmp_path: Path, authority: Authority, mutual: bool) -> dict[str, Path]:
+    certificate, key = authority.issue("phalanx.test", ("phalanx.test",)).write(tmp_path, "server")
+    if not mutual:
+        return {"certificate": certificate, "key": key}
+    (tmp_path / "ca.pem").write_bytes(authority.pem)
+    return {"certificate": certificate, "key": key, "client_ca": tmp_path / "ca.pem"}
+
+
+def test_a_certificate_says_who_calls(tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority) -> None:
+    callers = {
+        "lab": {"certificate": "lab.example", "scopes": ["classify", "ablate"]},
+        "old": {"certificate": "Old Client", "scopes": ["describe"]},
+    }
+    with Server(configured(tiny_bundle, callers=callers, tls=certified(tmp_path, authority, True)), graphs) as server:
+        with connection(server, authority, authority.issue("anything", ("other.example", "lab.example"))) as lab:
+            lab.native.Classify(request(random_pixels(1), "no-edge"))
+            assert refusal(lambda: lab.native.ListEnsembles(pb.ListEnsemblesRequest())) is CODE.PERMISSION_DENIED
+        with connection(server, authority, authority.issue("Old Client")) as old:
+            old.native.ListEnsembles(pb.ListEnsemblesRequest())
+        with connection(server, authority, authority.issue("stranger", ("stranger.example",))) as stranger:
+            assert refusal(lambda: stranger.native.Classify(request(random_pixels(1)))) is CODE.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("shown", ["none", "expired", "of another authority"])
+def test_a_certificate_that_does_not_count_is_no_connection(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority, shown: str
+) -> None:
+    pair = {
+        "none": None,
+        "expired": authority.issue("lab", ("lab.example",), -datetime.timedelta(minutes=1)),
+        "of another authority": Authority("other").issue("lab", ("lab.example",)),
+    }[shown]
+    callers = {"lab": {"certificate": "lab.example", "scopes": ["classify"]}}
+    with Server(configured(tiny_bundle, callers=callers, tls=certified(tmp_path, authority, True)), graphs) as server:
+        with connection(server, authority, pair) as lab:
+            assert refusal(lambda: lab.native.Classify(request(random_pixels(1)), timeout=5)) is CODE.UNAVAILABLE
+        with connection(server, authority, authority.issue("lab", ("lab.example",))) as lab:  # and nobody else suffers
+            lab.native.Classify(request(random_pixels(1)))
+
+
+def test_a_new_certificate_needs_no_restart(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    tls, other = certified(tmp_path, authority, False), Authority("the next one")
+
+    def answered(by: Authority) -> None:
+        with connection(server, by) as anybody:
+            anybody.native.Classify(request(random_pixels(1)), timeout=5)
+
+    def expiry() -> float:
+        return server.metrics.registry.get_sample_value("phalanx_tls_certificate_expiry_timestamp_seconds") or 0
+
+    with Server(configured(tiny_bundle, tls=tls), graphs) as server, connection(server, authority) as early:
+        early.native.Classify(request(random_pixels(1)))
+        assert expiry() == pytest.approx(time.time() + 3600, abs=120)
+        tls["certificate"].write_bytes(b"half writ")
+        answered(authority)  # what cannot be used changes nothing, and the log says so
+        assert "the certificate read before stays in use" in caplog.text
+        other.issue("phalanx.test", ("phalanx.test",), datetime.timedelta(hours=5)).write(tmp_path, "server")
+        answered(other)
+        assert expiry() == pytest.approx(time.time() + 5 * 3600, abs=120)
+        assert refusal(lambda: answered(authority)) is CODE.UNAVAILABLE
+        early.native.Classify(request(random_pixels(1)))  # who was connected stays so
+
+
+def test_an_authority_that_is_none_is_refused_at_the_start(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority
+) -> None:
+    tls = certified(tmp_path, authority, True)
+    tls["client_ca"].write_text("nothing")
+    with pytest.raises(CannotListen, match=r"ca\.pem"):
+        Server(configured(tiny_bundle, tls=tls), graphs)
+
+
+# --- what is not on the public port
+
+
+def test_the_admin_api_is_on_its_own_port_only(guarded: Running) -> None:
+    ops = caller(guarded, "ops")
+    assert refusal(lambda: admin_pb2_grpc.AdminStub(ops.channel).Reload(admin_pb2.ReloadRequest())) is CODE.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("name, code", [(None, CODE.UNAUTHENTICATED), ("lab", CODE.PERMISSION_DENIED)])
+def test_the_admin_port_wants_its_scope(guarded: Running, name: str | None, code: grpc.StatusCode) -> None:
+    with grpc.insecure_channel(str(guarded.server.admin_address)) as channel:
+        stub = admin_pb2_grpc.AdminStub(As(channel, name).channel)
+        calls: list[tuple[Any, Message]] = [
+            (stub.Reload, admin_pb2.ReloadRequest()),
+            (stub.AddEnsemble, admin_pb2.AddEnsembleRequest(name="x", choice="{}")),
+            (stub.RemoveEnsemble, admin_pb2.RemoveEnsembleRequest(name="no-edge")),
+        ]
+        for method, message in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                method(message)
+            assert caught.value.code() is code
+    assert "no-edge" in guarded.server.ensembles
+
+
+def test_health_of_the_admin_port_is_not_there(guarded: Running) -> None:
+    with grpc.insecure_channel(str(guarded.server.admin_address)) as channel:
+        check: Any = health_pb2_grpc.HealthStub(channel)
+        assert refusal(lambda: check.Check(health_pb2.HealthCheckRequest())) is CODE.UNIMPLEMENTED
+
+
+def _eventually(ask: Callable[[], object], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            ask()
+        except grpc.RpcError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return
