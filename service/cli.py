@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +63,7 @@ a configuration (every key has a default; paths are relative to the file):
     lab: {certificate: lab.example, scopes: [classify, ablate, describe]}
     ops: {token_sha256: HASH, scopes: [admin]}
   quota: {images_per_second: 100, burst_images: 256, concurrent_calls: 16}
+  logging: {format: json, requests: all}   # or none, or (default) what is notable
 
 environment variables go over the file, the options here over both:
   PHALANX_LISTEN=127.0.0.1:50052
@@ -107,8 +107,9 @@ def _run_serve(args: argparse.Namespace) -> int:
         return _refused("serve", error)
     if args.check:
         return _check(config)
-    level = logging.DEBUG if args.verbose else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    from service import logs
+
+    logs.configure(config.logging, args.verbose)
 
     from models.bundle import InvalidBundle
     from models.composition import InvalidEnsemble

@@ -35,6 +35,7 @@ __all__ = [
     "EnsembleConfig",
     "InvalidConfig",
     "LimitsConfig",
+    "LoggingConfig",
     "QuotaConfig",
     "Scope",
     "ScopeConfig",
@@ -212,6 +213,11 @@ class LimitsConfig(_Section):
     stream_idle_seconds: float = Field(300.0, gt=0, le=86400)  # then a stream that asks nothing is ended
 
 
+class LoggingConfig(_Section):
+    format: Literal["auto", "json", "console"] = "auto"  # auto: for people on a terminal, JSON elsewhere
+    requests: Literal["none", "notable", "all"] = "notable"  # calls that failed, or had a suspect or rejected image
+
+
 class ShutdownConfig(_Section):
     notice_seconds: float = Field(0.5, ge=0, le=86400)  # NOT_SERVING, still answering: time for load balancers to look away
     drain_seconds: float = Field(20.0, ge=0, le=86400)  # for calls already accepted
@@ -234,6 +240,7 @@ class ServiceConfig(_Section):
     batching: BatchingConfig = BatchingConfig()
     device: DeviceConfig = DeviceConfig()
     limits: LimitsConfig = LimitsConfig()
+    logging: LoggingConfig = LoggingConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
 
     @model_validator(mode="after")

@@ -83,14 +83,17 @@ class Reloader:
                 catalogue = self._load(read())
             except (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, ValidationError, OSError) as error:
                 self._gate.metrics.reloads("failed")
-                log.error("audit: %s by %s failed, what was served before goes on: %s", what, who, error)
+                said = "audit: %s by %s failed, what was served before goes on: %s"
+                log.error(said, what, who, error, extra={"audit": what, "caller": who, "outcome": "failed"})
                 raise ReloadFailed(FOLDERS.sub("", str(error))) from error
             self._offer(catalogue)
         seconds = time.monotonic() - began
         self._gate.metrics.reloads("ok")
         manifest = catalogue.ensembles.bundle.manifest
         names = ", ".join(catalogue.served)
-        log.info("audit: %s by %s: %s over %s %s in %.2f s", what, who, names, manifest.name, manifest.version, seconds)
+        told = what, who, names, manifest.name, manifest.version, seconds
+        fields = {"audit": what, "caller": who, "outcome": "ok", "bundle_version": manifest.version}
+        log.info("audit: %s by %s: %s over %s %s in %.2f s", *told, extra=fields)
         return Reloaded(catalogue, seconds)
 
     def _load(self, config: ServiceConfig) -> Catalogue:

@@ -19,6 +19,7 @@ from service.batcher import DeadlineExceeded, Draining, Result
 from service.codec import disclosure
 from service.config import Disclosure, Scope
 from service.errors import Failure, TooManyCalls, failure_of, request_id_of, rich_status
+from service.logs import RequestLog
 from service.metrics import CallMetrics, Metrics
 from service.quota import Quota, Quotas
 from service.servicers.catalogue import Catalogue, Served
@@ -30,7 +31,7 @@ MOST_RELOADS = 8  # that may overtake one call; each gives it another start
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One call: what was on offer when it began, and who asks."""
 
@@ -38,6 +39,7 @@ class Call:
     caller: Caller
     quota: Quota
     context: grpc.ServicerContext
+    verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
 
     def ensemble(self, name: str) -> Served:
         """The ensemble of this name, or the default one for none, if the caller may ask it."""
@@ -54,16 +56,18 @@ class Call:
 
     def compute(self, served: Served, images: NDArray[np.uint8]) -> Result:
         """The answers to images: at once where nobody else is about, else through the queue, which they leave with the caller."""
-        if (result := served.loaded.batcher.compute_now(images, deadline_of(self.context))) is not None:
-            return result
-        future = self.submit(served, images)
+        result = served.loaded.batcher.compute_now(images, deadline_of(self.context))
+        if result is None:
+            future = self.submit(served, images)
 
-        def give_up() -> None:
-            future.cancel()
+            def give_up() -> None:
+                future.cancel()
 
-        if not self.context.add_callback(give_up):
-            give_up()
-        return wait(future, self.context)
+            if not self.context.add_callback(give_up):
+                give_up()
+            result = wait(future, self.context)
+        self.verdicts = result.decision.verdict
+        return result
 
 
 class Gate:
@@ -76,7 +80,7 @@ class Gate:
         self.last_answer_ms: dict[str, int] = {}  # by ensemble, since the epoch
         self.failed_seconds: dict[str, float] = {}  # by ensemble
         self._failures = threading.Lock()
-        self._quotas = Quotas()
+        self._quotas, self._log = Quotas(), RequestLog(catalogue.config.logging.requests)
         most = catalogue.limits.max_concurrent_calls
         self._places = threading.BoundedSemaphore(most)
         # A stream keeps its place while it is silent: so that streams never shut out whoever has one question.
@@ -101,7 +105,7 @@ class Gate:
         self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
     ) -> Answer:
         """Do the work of a unary call, for which the caller needs the scope, or end it with a status."""
-        began = self.begin(method, name)
+        began, call = self.begin(method, name), None
         try:
             call = self.identify(context)
             if scope is not None:
@@ -110,8 +114,11 @@ class Gate:
         except Exception as error:
             failure = failure_of(error, request_id_of(context))
             self.end(method, name, began, failure.code)
+            self.log(method, name, began, context, call, failure.code)
             abort(failure, context)
         self.end(method, name, began)
+        if method in INFERENCES:
+            self.log(method, name, began, context, call)
         return answer
 
     def refuse(self, method: str, error: Exception, context: grpc.ServicerContext) -> Never:
@@ -135,6 +142,22 @@ class Gate:
         else:
             with self._failures:
                 self.failed_seconds[ensemble] = self.failed_seconds.get(ensemble, 0.0) + time.perf_counter() - began
+
+    def log(
+        self,
+        method: str,
+        name: str,
+        began: float,
+        context: grpc.ServicerContext,
+        call: Call | None,
+        code: grpc.StatusCode = grpc.StatusCode.OK,
+    ) -> None:
+        """Write a line about a call, if its end is one of those that get one; `call` is None for a stranger's."""
+        verdicts = call.verdicts if call else None
+        if self._log.wants(code.name, verdicts):
+            ensemble, caller = self._counted(method, name)[0], call.caller.name if call else ""
+            seconds = time.perf_counter() - began
+            self._log.write(method, ensemble, caller, request_id_of(context), code.name, seconds, verdicts)
 
     def overtaken(self, call: Call) -> bool:
         """Whether what the call found on offer is offered no more, because something else is."""
@@ -175,7 +198,8 @@ class Gate:
                     except Draining:
                         if not self.overtaken(call):
                             raise
-                        call = self.identify(call.context)
+                        now = self.identify(call.context)
+                        call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
                 return work(call)
         finally:
             self.leave()

@@ -37,6 +37,7 @@ LOOK_SECONDS = 0.5  # how often a silent stream looks whether the server ends
 @dataclass(frozen=True, slots=True)
 class _Submitted:
     served: Served
+    call: Call
     level: Disclosure
     resized: bool
     future: Future[Result]
@@ -156,17 +157,18 @@ class _Stream:
         served.metrics.decode(perf_counter() - began)
         future = call.submit(served, image.array[np.newaxis])
         self._pending.add(future)
-        return _Submitted(served, level, image.resized, future)
+        return _Submitted(served, call, level, image.resized, future)
 
     def _leave(self, entry: _Entry) -> pb.ClassifyStreamResponse:
         """The answer to one request; an error is one too, and does not end the stream."""
         response = pb.ClassifyStreamResponse(id=entry.id)
-        code = grpc.StatusCode.OK
+        code, call = grpc.StatusCode.OK, entry.outcome.call if isinstance(entry.outcome, _Submitted) else None
         try:
             if isinstance(entry.outcome, Exception):
                 raise entry.outcome
             served, level = entry.outcome.served, entry.outcome.level
             result = wait(entry.outcome.future, self._context)
+            entry.outcome.call.verdicts = result.decision.verdict
             began = perf_counter()
             response.ensemble, response.bundle_version = served.name, served.bundle_version
             response.disclosure = pb.Disclosure.ValueType(level)
@@ -184,4 +186,5 @@ class _Stream:
             if isinstance(entry.outcome, _Submitted):
                 self._pending.discard(entry.outcome.future)
             self._gate.end(METHOD, entry.ensemble, entry.began, code)
+            self._gate.log(METHOD, entry.ensemble, entry.began, self._context, call, code)
         return response

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
-from service.engine import Engine
+from service.engine import Engine, Stop
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from tests.service.serving import Running, random_pixels, raw, request, retry_seconds, serving, violated_field
@@ -148,11 +148,11 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.E
     go.set()
     compute = Engine.run
 
-    def run(self: Engine, images: np.ndarray, masks_seed: int | None = None) -> object:
+    def run(self: Engine, images: np.ndarray, masks_seed: int | None = None, *, stop: Stop | None = None) -> object:
         if not go.is_set():
             waiting.set()
             assert go.wait(20)
-        return compute(self, images, masks_seed)
+        return compute(self, images, masks_seed, stop=stop)
 
     monkeypatch.setattr(Engine, "run", run)
     return waiting, go
@@ -246,7 +246,7 @@ def test_an_error_of_ours_is_logged_in_full_and_told_by_its_id(
 ) -> None:
     with serving(tiny_bundle, graphs, ensembles={"full": {}}) as running:
 
-        def broken(*_: object) -> object:
+        def broken(*_: object, **__: object) -> object:
             raise RuntimeError("the secret path /etc/phalanx")
 
         with monkeypatch.context() as patch:
