@@ -30,8 +30,8 @@ demo: $(VENV)/.stamp-serve ## serve, classify clean and adversarial tiles, show 
 train: $(VENV)/.stamp-train ## from data to runs/RECIPE/bundle (RECIPE=eurosat DATA=FOLDER_OR_HUB_ID JOBS=2; ARGS=... for phalanx-train build)
 	@exec $(BIN)/phalanx-train build $(RECIPE) --jobs $(JOBS) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test: lint $(TRITON_VENV)/.stamp ## the one gate: lint, types, tests (ARGS=... for pytest)
-	TRITON_PYTHON=$(abspath $(TRITON_VENV))/bin/python $(BIN)/python -m pytest $(ARGS)
+test: lint $(TRITON_VENV)/.stamp $(VENV)/.stamp-prometheus ## the one gate: lint, types, tests (ARGS=... for pytest)
+	TRITON_PYTHON=$(abspath $(TRITON_VENV))/bin/python PROMETHEUS=$(abspath $(VENV))/prometheus/usr/bin $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -70,4 +70,13 @@ $(VENV)/.stamp-dev: $(PINS) | $(VENV)/.stamp-python
 $(TRITON_VENV)/.stamp: constraints.txt
 	$(PYTHON) -m venv $(TRITON_VENV)
 	$(TRITON_VENV)/bin/python $(PIP_INSTALL) 'tritonclient[grpc]' protobuf nvidia-cuda-runtime-cu12
+	@touch $@
+
+# Prometheus and promtool, for the tests of deploy/: unpacked, not installed. Without Debian's packages those tests are skipped.
+$(VENV)/.stamp-prometheus: | $(VENV)/.stamp-python
+	@if ! command -v promtool >/dev/null && command -v apt-get >/dev/null; then \
+		mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && \
+		{ apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+		dpkg -x prometheus_*.deb . && rm prometheus_*.deb; \
+	fi || echo "Prometheus cannot be had: its tests will be skipped"
 	@touch $@

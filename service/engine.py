@@ -96,7 +96,7 @@ class Engine:
         self._threads = threads
         self._session = open_session(graph, device)
         self.provider: str = self._session.get_providers()[0]
-        _check_provider(self.provider, device)
+        self.fallback = _falls_back(self.provider, device)
         stochastic = (manifest.member(name).stochastic for name in ensemble.members)
         self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
         self._masks_seed = manifest.masks.seed
@@ -168,14 +168,15 @@ def _wants_cuda(device: DeviceConfig) -> bool:
     return device.provider == "cuda"
 
 
-def _check_provider(provider: str, device: DeviceConfig) -> None:
+def _falls_back(provider: str, device: DeviceConfig) -> bool:
     """A CUDA session that could not be had is a CPU session without a word: only the session itself knows."""
     if not _wants_cuda(device) or provider == CUDA:
-        return
+        return False
     sentence = f"expected a session on {CUDA} (device.provider is {device.provider}), got one on {provider}"
     if device.strict:
         raise ProviderUnavailable(f"{sentence}; device.strict is true")
     log.warning("%s: this will be slow", sentence)
+    return True
 
 
 def _self_test(engine: Engine, bundle: Bundle, ensemble: Ensemble) -> None:

@@ -22,7 +22,7 @@ from service.batcher import Batcher
 from service.config import DeviceConfig, ServiceConfig
 from service.engine import ComputeThreads, Engine, ProviderUnavailable
 from service.graph_cache import GraphCache, user_cache
-from service.metrics import EnsembleMetrics, Metrics
+from service.metrics import EnsembleFacts, EnsembleMetrics, Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,8 @@ def compose_named(bundle: Bundle, config: ServiceConfig, name: str) -> Ensemble:
 def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: Metrics) -> LoadedEnsemble:
     voters, detectors = [voter.name for voter in ensemble.voters], [detector.name for detector in ensemble.detectors]
     own = metrics.ensemble(ensemble.name, voters, detectors)
-    metrics.describe_provider(ensemble.name, engine.provider)
+    facts = EnsembleFacts(engine.provider, engine.fallback, ensemble.review_rate, ensemble.reject_rate, config.batching.max_queue)
+    metrics.describe_ensemble(ensemble.name, facts)
     return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own)
 
 

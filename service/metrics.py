@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -36,6 +37,17 @@ class Closed(StrEnum):
     READY = "ready"  # everybody who was likely to come had come
     DELAY = "delay"  # somebody had not, and was waited for as long as the configuration allows
     DEADLINE = "deadline"  # to wait longer would have missed one
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleFacts:
+    """What an alert compares with."""
+
+    provider: str  # that the session really has
+    fallback: bool  # whether another one was asked for
+    review_rate: float
+    reject_rate: float
+    queue_limit: int
 
 
 class Metrics:
@@ -96,6 +108,19 @@ class Metrics:
             "When the certificate in use expires; 0 without one.",
             registry=self.registry,
         )
+        self._fallback = Gauge(
+            "phalanx_provider_fallback",
+            "1 where the session has another provider than was asked for.",
+            ("ensemble",),
+            registry=self.registry,
+        )
+        self._limit = Gauge("phalanx_queue_limit_images", "Images that may wait for a run.", ("ensemble",), registry=self.registry)
+        self._calibrated = Gauge(
+            "phalanx_calibrated_ratio",
+            "Share of clean images that calibration promises to set aside: at least suspect (review), or rejected (reject).",
+            ("ensemble", "level"),
+            registry=self.registry,
+        )
         self._providers: dict[str, str] = {}
         self._answers = _Answers()
         self.registry.register(self._answers)
@@ -110,8 +135,11 @@ class Metrics:
     def forget(self, name: str) -> None:
         """An ensemble that is served no more: what it was is no more told, what it did stays counted."""
         with contextlib.suppress(KeyError):
-            self._depth.remove(name)
-            self._provider.remove(name, self._providers.get(name, ""))
+            for gauge in (self._depth, self._fallback, self._limit):
+                gauge.remove(name)
+            self._provider.remove(name, self._providers[name])
+            for level in ("review", "reject"):
+                self._calibrated.remove(name, level)
         self._providers = {other: provider for other, provider in self._providers.items() if other != name}
 
     def reloads(self, outcome: str) -> None:
@@ -137,12 +165,17 @@ class Metrics:
         self._bundle.clear()  # a new bundle takes the old one's place
         self._bundle.labels(name, version).set(1)
 
-    def describe_provider(self, ensemble: str, provider: str) -> None:
-        previous = self._providers.get(ensemble)
-        if previous is not None:
-            self._provider.remove(ensemble, previous)
-        self._providers = self._providers | {ensemble: provider}
-        self._provider.labels(ensemble, provider).set(1)
+    def describe_ensemble(self, name: str, facts: EnsembleFacts) -> None:
+        """What is promised of an ensemble, and what it runs on; takes the place of what was told of that name before."""
+        previous = self._providers.get(name)
+        if previous is not None and previous != facts.provider:
+            self._provider.remove(name, previous)
+        self._providers = self._providers | {name: facts.provider}
+        self._provider.labels(name, facts.provider).set(1)
+        self._fallback.labels(name).set(facts.fallback)
+        self._limit.labels(name).set(facts.queue_limit)
+        for level, ratio in (("review", facts.review_rate), ("reject", facts.reject_rate)):
+            self._calibrated.labels(name, level).set(ratio)
 
 
 class CallMetrics:

@@ -19,7 +19,7 @@ from enum import Enum, auto
 from typing import Self, cast
 
 import grpc
-from prometheus_client import start_http_server
+from prometheus_client import ProcessCollector, start_http_server
 
 from service.config import Address, ServiceConfig, TlsConfig
 from service.ensembles import load_ensembles
@@ -56,6 +56,7 @@ class Server:
     ) -> None:
         """`read_again` is where a reload gets its configuration from; without it, it is this one, and the bundle is read again."""
         self._config, self.metrics = config, Metrics()
+        ProcessCollector(registry=self.metrics.registry)
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
         self._server = grpc.server(self._pool, options=_options(config))
         self._ended = ExitStack()  # what must be undone, last first

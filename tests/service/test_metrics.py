@@ -10,7 +10,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.ensemble import Decision, Reason, Verdict
-from service.metrics import FOLD_AT, EnsembleMetrics, Metrics
+from service.metrics import FOLD_AT, EnsembleFacts, EnsembleMetrics, Metrics
 
 
 def decision(
@@ -168,11 +168,18 @@ def test_bundle_and_provider_are_told_and_a_new_one_takes_the_place_of_the_old()
     metrics = Metrics()
     for version, provider in (("1", "CUDAExecutionProvider"), ("2", "CPUExecutionProvider")):
         metrics.describe_bundle("tiny", version)
-        metrics.describe_provider("full", provider)
+        facts = EnsembleFacts(provider, provider == "CPUExecutionProvider", 0.05, 0.01, 1024)
+        metrics.describe_ensemble("full", facts)
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="2") == 1
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="1") is None
     assert sample(metrics, "phalanx_provider_info", ensemble="full", provider="CPUExecutionProvider") == 1
     assert sample(metrics, "phalanx_provider_info", ensemble="full", provider="CUDAExecutionProvider") is None
+    assert sample(metrics, "phalanx_provider_fallback", ensemble="full") == 1
+    assert sample(metrics, "phalanx_calibrated_ratio", ensemble="full", level="review") == 0.05
+    assert sample(metrics, "phalanx_queue_limit_images", ensemble="full") == 1024
+    metrics.forget("full")
+    for gone in ("phalanx_provider_fallback", "phalanx_queue_limit_images", "phalanx_queue_images"):
+        assert sample(metrics, gone, ensemble="full") is None
 
 
 def test_images_answered_with_an_error_are_counted_by_code() -> None:
@@ -187,7 +194,13 @@ def test_every_series_of_an_ensemble_carries_its_name_and_no_summary_is_among_th
     metrics.ensemble("votes-only", ["metric"], []).run(decision([0], [[0]], [[]], [Verdict.UNSCREENED], [Reason.NONE], [1.0]))
     families = list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
     assert not [family.name for family in families if family.type == "summary"]
-    series = [sample for family in families for sample in family.samples if family.name != "phalanx_bundle_info"]
+    of_the_server = (
+        "phalanx_bundle_info",
+        "phalanx_reloads",
+        "phalanx_reloads_created",
+        "phalanx_tls_certificate_expiry_timestamp_seconds",
+    )
+    series = [sample for family in families for sample in family.samples if family.name not in of_the_server]
     assert {sample.labels.get("ensemble") for sample in series} == {"full", "votes-only"}
     assert not [s for s in series if s.labels["ensemble"] == "votes-only" and s.name.startswith("phalanx_p_value")]
 
