@@ -202,13 +202,26 @@ class FileCheck:
     problem: str | None
 
 
-def read_bundle(path: str | os.PathLike[str], *, weights: bool = True) -> Bundle:
+def read_bundle(
+    path: str | os.PathLike[str], *, weights: bool = True, told: Callable[[Mapping[str, bytes]], object] | None = None
+) -> Bundle:
     """The bundle in a folder, or InvalidBundle.  Every file is read once, and hashed as it is then used.
 
-    `weights=False` verifies the safetensors files but does not keep them: a server has no use for them.
+    `weights=False` verifies the safetensors files but does not keep them: a server has no use for them. `told` is given
+    the bytes of every file, by name, before the bundle is returned: it may raise where it does not like them.
     """
-    root = _root(path)
-    return _assemble(root, lambda name: _read_file(root, name), weights)
+    root, files = _root(path), dict[str, bytes]()
+
+    def read(name: str) -> bytes:
+        data = _read_file(root, name)
+        if told is not None:
+            files[name] = data
+        return data
+
+    bundle = _assemble(root, read, weights)
+    if told is not None:
+        told(files)
+    return bundle
 
 
 def write_bundle(path: str | os.PathLike[str], parts: BundleParts) -> Bundle:

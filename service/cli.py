@@ -56,6 +56,7 @@ a configuration (every key has a default; paths are relative to the file):
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
   device: {provider: auto, strict: false}
   limits: {disclosure: evidence} # or label, verdict, probabilities
+  signature: {public_key: FILE}  # serve nothing else than `phalanx sign` signed
   admin: 127.0.0.1:50052         # reload, add and remove ensembles; off without it
   tls: {certificate: FILE, key: FILE, client_ca: FILE}   # client_ca: mutual TLS
   callers:                       # once there is one, nobody else is answered
@@ -125,13 +126,13 @@ def _run_serve(args: argparse.Namespace) -> int:
 
 def _check(config: ServiceConfig) -> int:
     """All but the graphs: the bundle is read and every ensemble put together."""
-    from models.bundle import InvalidBundle, read_bundle
+    from models.bundle import InvalidBundle
     from models.card import read_card
     from models.composition import InvalidEnsemble
-    from service.ensembles import compose_named
+    from service.ensembles import compose_named, read_trusted
 
     try:
-        bundle = read_bundle(config.bundle_path, weights=False)
+        bundle = read_trusted(config)
         read_card(bundle.manifest, bundle.documents)
         for name in config.ensembles:
             compose_named(bundle, config, name)
@@ -165,6 +166,12 @@ def _calibrate() -> Command:
     return Command(calibrate.add_arguments, calibrate.run, calibrate.__doc__ or "")
 
 
+def _sign() -> Command:
+    from service import signing
+
+    return Command(signing.add_arguments, signing.run, signing.DESCRIPTION)
+
+
 def _token() -> Command:
     from service import admin
 
@@ -183,6 +190,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[], Command]]] = MappingProxyType(
         "classify": ("ask a server about image files", _classify),
         "inspect": ("print a bundle and verify every hash", _inspect),
         "calibrate": ("take p-values from your own clean images", _calibrate),
+        "sign": ("sign a bundle", _sign),
         "token": ("make an API token and its hash", _token),
         "admin": ("reload a running server, add and remove ensembles", _admin),
     }

@@ -42,6 +42,7 @@ __all__ = [
     "ScopesConfig",
     "ServiceConfig",
     "ShutdownConfig",
+    "SignatureConfig",
     "TlsConfig",
     "load_config",
     "with_ensembles",
@@ -213,6 +214,12 @@ class LimitsConfig(_Section):
     stream_idle_seconds: float = Field(300.0, gt=0, le=86400)  # then a stream that asks nothing is ended
 
 
+class SignatureConfig(_Section):
+    """Whose bundles are served, and no others; needs the extra `signing`."""
+
+    public_key: Path  # PEM, of an elliptic curve; `phalanx sign` signs with its private half
+
+
 class LoggingConfig(_Section):
     format: Literal["auto", "json", "console"] = "auto"  # auto: for people on a terminal, JSON elsewhere
     requests: Literal["none", "notable", "all"] = "notable"  # calls that failed, or had a suspect or rejected image
@@ -225,6 +232,7 @@ class ShutdownConfig(_Section):
 
 class ServiceConfig(_Section):
     bundle: Annotated[Path | None, BeforeValidator(_folder)] = None  # None: the bundle that ships with Phalanx
+    signature: SignatureConfig | None = None  # None: whoever can write the folder is trusted
     listen: Annotated[Address, BeforeValidator(_address)] = Address("127.0.0.1", 50051)
     metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
     insecure: bool = False

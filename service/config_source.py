@@ -110,8 +110,9 @@ def _relative_to(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     anchored = dict(values)
     if isinstance(bundle := values.get("bundle"), str) and bundle:
         anchored["bundle"] = folder / bundle
-    if isinstance(tls := values.get("tls"), dict):
-        anchored["tls"] = {key: folder / value if isinstance(value, str) else value for key, value in tls.items()}
+    for section in ("tls", "signature"):
+        if isinstance(files := values.get(section), dict):
+            anchored[section] = {key: folder / value if isinstance(value, str) else value for key, value in files.items()}
     return anchored
 
 

@@ -82,7 +82,7 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
 def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | None = None) -> Ensembles:
     """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
     cache = GraphCache(user_cache(os.environ)) if cache is None else cache
-    bundle = read_bundle(config.bundle_path, weights=False)
+    bundle = read_trusted(config)
     card = read_card(bundle.manifest, bundle.documents)
     threads = ComputeThreads(config.device.threads)
     try:
@@ -98,6 +98,16 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
     return Ensembles(bundle, card, loaded, threads)
+
+
+def read_trusted(config: ServiceConfig) -> Bundle:
+    """The bundle of a configuration, signed by whom it should be; without the members' weights."""
+    if config.signature is None:
+        return read_bundle(config.bundle_path, weights=False)
+    from service.signing import verify  # the extra `signing`
+
+    path, key = config.bundle_path, config.signature.public_key
+    return read_bundle(path, weights=False, told=lambda files: verify(path, files, key))
 
 
 def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, threads: ComputeThreads) -> Engine:
