@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Protocol
 
 import numpy as np
@@ -101,11 +101,11 @@ class Batcher:
         request.future.add_done_callback(self._given_up)
         return request.future
 
-    def compute_now(self, images: Images, deadline: float | None = None) -> Result | None:
+    def compute_now(self, images: Images, deadline: float | None = None, stop: Stop | None = None) -> Result | None:
         """Compute in the caller's own thread what need not wait for anybody; None where it must: then `submit`.
 
-        Raises DeadlineExceeded where `deadline`, a time of the clock, would pass before the end; Draining; or what the
-        engine raised.
+        Raises DeadlineExceeded where `deadline`, a time of the clock, would pass before the end; Draining; CancelledError
+        where `stop` ended it; or what the engine raised.
         """
         self._check(images)
         n = len(images)
@@ -117,7 +117,9 @@ class Batcher:
                 raise DeadlineExceeded(
                     f"{max(left, 0):.3f} s are left, and the work takes about {n * self._seconds_per_image:.3f} s"
                 )
-            run, seconds = self._run(images, 1)
+            run, seconds = self._run(images, 1, stop)
+        except Stopped:
+            raise CancelledError from None
         finally:
             self._turn.release()
         self._measure(run, [(0.0, seconds)])

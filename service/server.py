@@ -121,7 +121,7 @@ class Server:
         registrar = cast(grpc.Server, Registrar(self._server, self._gate))
         defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, registrar)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
-        add_reflection(self._server)
+        add_reflection(self._server, self._gate)
         return add_health(self._server, self.ensembles)
 
     def _add_admin(self) -> None:

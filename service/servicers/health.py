@@ -10,8 +10,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from service.config import Scope
+from service.errors import Forbidden, Unauthenticated
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import defense_ensemble_pb2
+from service.servicers.gate import Gate
 
 SERVICES = (
     defense_ensemble_pb2.DESCRIPTOR.services_by_name["DefenseEnsemble"].full_name,
@@ -69,13 +72,20 @@ def add_health(server: grpc.Server, ensembles: Iterable[str]) -> Health:
 
 
 class Reflection(reflection.ReflectionServicer):
-    """grpcio's, but of its streams only a few are open at once: each keeps a thread for as long as its caller likes."""
+    """grpcio's, but for callers who may be told, and of its streams only a few are open at once: each keeps a thread for as
+    long as its caller likes.
+    """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], gate: Gate) -> None:
         super().__init__(names)
+        self._gate = gate
         self._places = threading.BoundedSemaphore(REFLECTION_STREAMS)
 
     def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        try:
+            self._gate.identify(context).caller.check(Scope.DESCRIBE, "reflection")
+        except (Unauthenticated, Forbidden) as error:
+            self._gate.refuse("ServerReflectionInfo", error, context)
         if not self._places.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{REFLECTION_STREAMS} callers are told already; come back later")
         try:
@@ -84,6 +94,6 @@ class Reflection(reflection.ReflectionServicer):
             self._places.release()
 
 
-def add_reflection(server: grpc.Server) -> None:
+def add_reflection(server: grpc.Server, gate: Gate) -> None:
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), server)  # type: ignore[no-untyped-call]
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names, gate), server)  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from service.access import token_digest
 from service.connect import Bearer
@@ -28,6 +29,7 @@ from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
 
 CODE = grpc.StatusCode
+REFLECT = reflection_pb2.ServerReflectionRequest(list_services="")
 TOKENS = {name: f"the token of {name}" for name in ("shop", "lab", "ops", "slow", "narrow")}
 CALLERS: dict[str, dict[str, Any]] = {
     "shop": {"scopes": ["classify"], "disclosure": "label"},
@@ -52,6 +54,7 @@ class As:
         self.channel = grpc.intercept_channel(channel, Bearer(TOKENS.get(name, name))) if name else channel
         self.native = pb_grpc.DefenseEnsembleStub(self.channel)
         self.open_inference = inference_grpc.GRPCInferenceServiceStub(self.channel)
+        self.reflection: Any = reflection_pb2_grpc.ServerReflectionStub(self.channel)  # its published types know no methods
 
 
 def caller(running: Running, name: str | None) -> As:
@@ -81,6 +84,7 @@ EVERYTHING: dict[str, Callable[[As], object]] = {
     "ModelMetadata": lambda at: at.open_inference.ModelMetadata(inference.ModelMetadataRequest(name="full")),
     "ModelConfig": lambda at: at.open_inference.ModelConfig(inference.ModelConfigRequest(name="full")),
     "ModelStatistics": lambda at: at.open_inference.ModelStatistics(inference.ModelStatisticsRequest(name="full")),
+    "ServerReflectionInfo": lambda at: list(at.reflection.ServerReflectionInfo(iter([REFLECT]))),
     "ServerMetadata": lambda at: at.open_inference.ServerMetadata(inference.ServerMetadataRequest()),
 }
 ALLOWED = {
@@ -102,7 +106,7 @@ def test_every_method_of_both_apis_is_among_them() -> None:
         for file, service in ((pb, "DefenseEnsemble"), (inference, "GRPCInferenceService"))
         for method in file.DESCRIPTOR.services_by_name[service].methods
     }
-    assert methods - {"ServerLive", "ServerReady"} == set(EVERYTHING)
+    assert methods - {"ServerLive", "ServerReady"} == set(EVERYTHING) - {"ServerReflectionInfo"}
 
 
 def test_health_is_answered_to_anybody(guarded: Running) -> None:

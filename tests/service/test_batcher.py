@@ -543,3 +543,15 @@ def test_nothing_stays_behind_when_it_is_over(engine: GatedEngine) -> None:
     with batcher(engine):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_lone_caller_who_gives_up_stops_the_run(engine: GatedEngine, images: Images, alone: list[Decision]) -> None:
+    stop = Stop()
+    with batcher(engine) as queue:
+        engine.before = lambda run: stop.now() if run == 1 else None
+        with pytest.raises(CancelledError):
+            queue.compute_now(images[:8], None, stop)
+        result = queue.compute_now(images[:2])
+        assert result is not None
+        assert_same(result, alone[:2])
+    assert engine.stopped == [1]
