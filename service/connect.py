@@ -30,7 +30,11 @@ def channel(server: str, args: argparse.Namespace) -> grpc.Channel:
         made = grpc.secure_channel(server, grpc.ssl_channel_credentials(*files), options)
     else:
         made = grpc.insecure_channel(server, options)
-    token = args.token_file.read_text().strip() if args.token_file else os.environ.get(TOKEN, "")
+    return with_token(made, args.token_file.read_text().strip() if args.token_file else os.environ.get(TOKEN, ""))
+
+
+def with_token(made: grpc.Channel, token: str) -> grpc.Channel:
+    """The channel, sending the token with every call, if there is one."""
     return grpc.intercept_channel(made, Bearer(token)) if token else made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from models.ensemble import Ensemble
 from models.manifest import Manifest
 from service.config import Disclosure
+from service.connect import TOKEN, with_token
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from training.refused import TrainingRefused
@@ -56,14 +58,15 @@ class Answers:
 class Endpoint:
     """One ensemble of a running server, asked at one level of disclosure; safe to share between threads.
 
-    Where the server is busy or away, a call is tried again for `patience` seconds.
+    A server that wants a token is sent what PHALANX_TOKEN holds. Where the server is busy or away, a call is tried again
+    for `patience` seconds.
     """
 
     def __init__(
         self, address: str, ensemble: str = "", disclosure: Disclosure = Disclosure.VERDICT, patience: float = PATIENCE
     ) -> None:
         self.address, self.disclosure, self.patience = address, disclosure, patience
-        self._channel = grpc.insecure_channel(address, CHANNEL)
+        self._channel = with_token(grpc.insecure_channel(address, CHANNEL), os.environ.get(TOKEN, ""))
         self._stub = pb_grpc.DefenseEnsembleStub(self._channel)
         self._pool = ThreadPoolExecutor(FLIGHTS, thread_name_prefix="endpoint")
         try:

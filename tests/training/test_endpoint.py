@@ -13,6 +13,7 @@ import torch
 from models.bundle import read_bundle, read_manifest
 from models.composition import EnsembleChoice, compose
 from models.manifest import InputSpec, Manifest
+from service.access import token_digest
 from service.config import Disclosure
 from service.graph_cache import GraphCache
 from tests.bundles import random_images, write_tiny_bundle
@@ -314,3 +315,18 @@ def test_the_server_answers_to_stored_images_as_the_instrument_computed(built: P
             rescore(endpoint, compose(bundle, EnsembleChoice("fresh", masks="fresh")), campaign, units)
     assert (deployment.images, deployment.labels_differ) == (8, 0)
     assert deployment.p_value_difference <= 0.011  # a rank or so among 100 calibration images
+
+
+def test_a_server_that_wants_a_token_gets_the_environments(
+    bundle: Path, graphs: GraphCache, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scopes = ["classify", "describe"]
+    callers = {"attacker": {"token_sha256": token_digest("its token"), "scopes": scopes, "disclosure": "verdict"}}
+    with serving(bundle, graphs, ensembles={"full": {}}, callers=callers) as server:
+        with pytest.raises(EndpointRefused, match="UNAUTHENTICATED: expected credentials"):
+            Endpoint(str(server.server.address))
+        monkeypatch.setenv("PHALANX_TOKEN", "its token")
+        with Endpoint(str(server.server.address), disclosure=Disclosure.VERDICT) as endpoint:
+            assert len(endpoint.answers(images.pixels[:3]).label) == 3
+        with pytest.raises(EndpointRefused, match="discloses verdict at most, expected probabilities"):
+            Endpoint(str(server.server.address), disclosure=Disclosure.PROBABILITIES)

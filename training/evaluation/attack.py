@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     through = parser.add_argument_group("through a running server, with nothing but its answers")
-    through.add_argument("--endpoint", metavar="HOST:PORT", help="attack this server, which serves the bundle, by queries")
+    through.add_argument(
+        "--endpoint",
+        metavar="HOST:PORT",
+        help="attack this server, which serves the bundle, by queries; PHALANX_TOKEN: as which caller",
+    )
     through.add_argument("--ensemble", default="", help="the server's ensemble (default: its default)")
     through.add_argument(
         "--disclosure", choices=DISCLOSURES, default="label", help="how much of an answer the attacker sees (default: %(default)s)"

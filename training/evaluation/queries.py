@@ -62,8 +62,8 @@ class QueryCampaign:
         self.endpoint, self.images, self.attack = endpoint, images, attack
         endpoint.expect_bundle(manifest)
         endpoint.expect_disclosure(Disclosure.VERDICT)  # to say in the end what was wrong and accepted
-        named = f"{attack.name}-{endpoint.ensemble}-{endpoint.disclosure.name.lower()}-{attack.queries}"
-        self.folder = folder / "endpoint" / named
+        level = endpoint.disclosure.name.lower()
+        self.folder = folder / "endpoint" / f"{attack.name}-{endpoint.ensemble}-{level}-{attack.queries}-n{len(images)}"
         self._claim(manifest)
 
     def done(self, place: int) -> bool:
