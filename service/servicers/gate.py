@@ -41,6 +41,7 @@ class Call:
     caller: Caller
     quota: Quota
     context: grpc.ServicerContext
+    deadline: float | None  # on the monotonic clock
     verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
 
     def ensemble(self, name: str) -> Served:
@@ -54,14 +55,14 @@ class Call:
 
     def submit(self, served: Served, images: NDArray[np.uint8]) -> Future[Result]:
         """Queue images; they leave the queue when the caller's deadline passes."""
-        return served.loaded.batcher.submit(images, deadline_of(self.context), self.caller.name)
+        return served.loaded.batcher.submit(images, self.deadline, self.caller.name)
 
     def compute(self, served: Served, images: NDArray[np.uint8]) -> Result:
         """The answers to images: at once where nobody else is about, else through the queue, which they leave with the caller."""
         stop = Stop() if len(images) >= WORTH_STOPPING else None
         if stop is not None:
             self.context.add_callback(stop.now)
-        result = served.loaded.batcher.compute_now(images, deadline_of(self.context), stop)
+        result = served.loaded.batcher.compute_now(images, self.deadline, stop)
         if result is None:
             future = self.submit(served, images)
 
@@ -70,9 +71,19 @@ class Call:
 
             if not self.context.add_callback(give_up):
                 give_up()
-            result = wait(future, self.context)
+            result = self.wait(future)
         self.verdicts = result.decision.verdict
         return result
+
+    def wait(self, future: Future[Result]) -> Result:
+        """The answers to what was submitted, or DeadlineExceeded; what nobody waits for any more leaves the queue."""
+        try:
+            return future.result(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
+        except TimeoutError:
+            if future.done():  # not ours: the work itself raised it
+                raise
+            future.cancel()
+            raise DeadlineExceeded("the deadline passed while the images waited or were computed") from None
 
 
 class Gate:
@@ -99,12 +110,12 @@ class Gate:
         self._calls = {}  # which of the callers' names are ours may have changed
         return before
 
-    def identify(self, context: grpc.ServicerContext) -> Call:
-        """The call as it stands now; raises Unauthenticated."""
+    def identify(self, context: grpc.ServicerContext, deadline: float | None = None) -> Call:
+        """The call as it stands now; raises Unauthenticated. `deadline`, on the monotonic clock, is known after the first time."""
         catalogue = self.catalogue
         caller = catalogue.access.identify(context)
         name = _host(context.peer()) if caller.name == ANONYMOUS and _limited(caller) else caller.name
-        return Call(catalogue, caller, self._quotas.of(name, caller.quota), context)
+        return Call(catalogue, caller, self._quotas.of(name, caller.quota), context, deadline or deadline_of(context))
 
     def answer(
         self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
@@ -203,7 +214,7 @@ class Gate:
                     except Draining:
                         if not self.overtaken(call):
                             raise
-                        now = self.identify(call.context)
+                        now = self.identify(call.context, call.deadline)
                         call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
                 return work(call)
         finally:
@@ -227,26 +238,10 @@ def abort(failure: Failure, context: grpc.ServicerContext) -> Never:
     raise AssertionError("abort_with_status returned")
 
 
-def seconds_left(context: grpc.ServicerContext) -> float | None:
-    left = context.time_remaining()
-    return None if left > A_YEAR else left
-
-
 def deadline_of(context: grpc.ServicerContext) -> float | None:
-    """The caller's deadline on the batcher's clock."""
-    left = seconds_left(context)
-    return None if left is None else time.monotonic() + left
-
-
-def wait(future: Future[Result], context: grpc.ServicerContext) -> Result:
-    left = seconds_left(context)
-    try:
-        return future.result(left)
-    except TimeoutError:
-        if future.done():  # not ours: the work itself raised it
-            raise
-        future.cancel()
-        raise DeadlineExceeded("the deadline passed while the images waited or were computed") from None
+    """The caller's deadline on the monotonic clock. To be asked once: gRPC goes by the wall clock, and that may jump."""
+    left = context.time_remaining()
+    return None if left > A_YEAR else time.monotonic() + left
 
 
 def _limited(caller: Caller) -> bool:

@@ -26,7 +26,7 @@ from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated,
 from service.images import PixelBudget
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.catalogue import Served
-from service.servicers.gate import MOST_RELOADS, Call, Gate, abort, wait
+from service.servicers.gate import MOST_RELOADS, Call, Gate, abort, deadline_of
 from service.servicers.malformed import Malformed
 
 WINDOW = 64
@@ -70,7 +70,7 @@ def answer_stream(
 
 class _Stream:
     def __init__(self, gate: Gate, context: grpc.ServicerContext) -> None:
-        self._gate, self._context = gate, context
+        self._gate, self._context, self._deadline = gate, context, deadline_of(context)
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()  # None: no more will come
         self._room = threading.Semaphore(WINDOW)
         self._over = threading.Event()
@@ -137,7 +137,9 @@ class _Stream:
 
     def _submitted(self, request: pb.ClassifyStreamRequest) -> _Submitted | Exception:
         try:
-            call = self._gate.identify(self._context)  # for every request: a token may be revoked while a stream is open
+            call = self._gate.identify(
+                self._context, self._deadline
+            )  # for every request: a token may be revoked while a stream is open
             call.quota.spend(1)
             for _ in range(MOST_RELOADS):
                 try:
@@ -145,7 +147,7 @@ class _Stream:
                 except Draining:
                     if not self._gate.overtaken(call):
                         raise
-                    call = self._gate.identify(self._context)
+                    call = self._gate.identify(self._context, self._deadline)
             return self._submit(request, call)
         except Exception as error:
             return error
@@ -167,7 +169,7 @@ class _Stream:
             if isinstance(entry.outcome, Exception):
                 raise entry.outcome
             served, level = entry.outcome.served, entry.outcome.level
-            result = wait(entry.outcome.future, self._context)
+            result = entry.outcome.call.wait(entry.outcome.future)
             entry.outcome.call.verdicts = result.decision.verdict
             began = perf_counter()
             response.ensemble, response.bundle_version = served.name, served.bundle_version

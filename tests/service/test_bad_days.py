@@ -1,0 +1,182 @@
+"""Callers who are slow, many, dead or deaf, a clock that jumps, a bundle that vanishes: everybody else is answered as ever."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from service.graph_cache import GraphCache
+from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from tests.bundles import write_tiny_bundle
+from tests.service.serving import Running, random_pixels, request, serving
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@pytest.fixture
+def server(tiny_bundle: Path, graphs: GraphCache) -> Iterator[Running]:
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}) as running:
+        yield running
+
+
+def dial(running: Running) -> socket.socket:
+    address = running.server.address
+    return socket.create_connection((address.host, address.port), timeout=10)
+
+
+def answered(running: Running, times: int = 5, seconds: float = 10.0) -> None:
+    """A new caller, on a connection of its own, is answered in time."""
+    with grpc.insecure_channel(str(running.server.address)) as channel:
+        stub = type(running.native)(channel)
+        for seed in range(times):
+            answer = stub.Classify(request(random_pixels(2, seed)), timeout=seconds)
+            assert len(answer.results) == 2
+
+
+def test_a_thousand_connections_that_say_nothing(server: Running) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * 1000 + 200  # both ends are in this process
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    try:
+        with contextlib.ExitStack() as open_ones:
+            for _ in range(1000):
+                open_ones.enter_context(dial(server))
+            answered(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_caller_that_sends_a_byte_at_a_time(server: Running) -> None:
+    over = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError), dial(server) as slow:  # gRPC may hang up on it
+            for byte in HTTP2_PREFACE + bytes(1000):
+                slow.send(bytes([byte]))
+                if over.wait(0.02):
+                    return
+
+    with ThreadPoolExecutor(20) as pool:
+        for _ in range(20):
+            pool.submit(drip)
+        try:
+            answered(server)
+        finally:
+            over.set()
+
+
+def test_callers_that_never_read_their_streams(tiny_bundle: Path, graphs: GraphCache) -> None:
+    """Their answers fill the way back until nothing more fits; their places are theirs, everybody else's are not."""
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, shutdown={"notice_seconds": 0, "drain_seconds": 1}) as running:
+        image = request(random_pixels(1)).images[0]
+        endless = (pb.ClassifyStreamRequest(image=image) for _ in itertools.count())
+        channels = [grpc.insecure_channel(str(running.server.address), [("grpc.lb", i)]) for i in range(4)]
+        deaf = [type(running.native)(channel).ClassifyStream(endless) for channel in channels]
+        answered(running, times=20)
+        before = time.monotonic()
+        running.server.drain()  # nor do they hold up its end
+        assert time.monotonic() - before < 10
+        for call, channel in zip(deaf, channels, strict=True):
+            call.cancel()
+            channel.close()
+
+
+def test_a_caller_that_is_killed_takes_nobody_with_it(server: Running) -> None:
+    program = textwrap.dedent(
+        f"""
+        import grpc
+        from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
+        from tests.service.serving import random_pixels, request
+        stub = defense_ensemble_pb2_grpc.DefenseEnsembleStub(grpc.insecure_channel("{server.server.address}"))
+        stub.Classify(request(random_pixels(1)))
+        print("asking", flush=True)
+        while True:
+            for call in [stub.Classify.future(request(random_pixels(16))) for _ in range(8)]:
+                call.result()
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as doomed:
+        assert doomed.stdout is not None
+        assert doomed.stdout.readline() == "asking\n"
+        with ThreadPoolExecutor(4) as pool:
+            mates = [pool.submit(answered, server, 15) for _ in range(4)]
+            time.sleep(0.1)
+            doomed.send_signal(signal.SIGKILL)
+            for mate in mates:
+                mate.result(60)
+    answered(server)
+    end = time.monotonic() + 10
+    while _in_flight(server) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert _in_flight(server) == 0
+
+
+def _in_flight(running: Running) -> float:
+    return sum(value for key, value in running.scrape().items() if key.startswith("phalanx_in_flight_requests"))
+
+
+def test_a_clock_that_jumps(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day, in the middle of a stream that has an hour: deadlines, delays and quotas go by the monotonic clock."""
+    real, jump = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + jump[0])
+    jumped = threading.Event()
+
+    def requests() -> Iterator[pb.ClassifyStreamRequest]:
+        image = request(random_pixels(1)).images[0]
+        yield pb.ClassifyStreamRequest(id="before", image=image)
+        jumped.wait(20)
+        yield pb.ClassifyStreamRequest(id="after", image=image)
+
+    stream = server.native.ClassifyStream(requests(), timeout=3600)
+    assert not next(stream).result.HasField("error")
+    jump[0] = 86400.0
+    jumped.set()
+    assert [(answer.id, answer.result.HasField("error")) for answer in stream] == [("after", False)]
+    assert len(server.native.Classify(request(random_pixels(3))).results) == 3
+
+
+def test_a_bundle_that_vanishes_under_the_servers_feet(tmp_path: Path, graphs: GraphCache) -> None:
+    bundle = write_tiny_bundle(tmp_path / "bundle")
+    with serving(bundle, graphs, ensembles={"full": {}, "no-edge": {"without": ["edge"]}}) as running:
+        before = running.native.Classify(request(random_pixels(3)))
+        shutil.rmtree(bundle)
+        assert running.native.Classify(request(random_pixels(3))).results == before.results
+        assert running.native.GetEnsemble(pb.GetEnsembleRequest(ensemble="no-edge")).ensemble.name == "no-edge"
+
+
+def test_an_expired_caller_in_a_batch_changes_nothing_for_its_mates(server: Running) -> None:
+    expected = server.native.Classify(request(random_pixels(4)))
+
+    def patient() -> pb.ClassifyResponse:
+        return server.native.Classify(request(random_pixels(4)))
+
+    def hasty() -> grpc.StatusCode:
+        try:
+            server.native.Classify(request(random_pixels(32)), timeout=0.004)
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+    with ThreadPoolExecutor(12) as pool:
+        late = [pool.submit(hasty) for _ in range(60)]
+        for mate in [pool.submit(patient) for _ in range(60)]:
+            for got, want in zip(mate.result(30).results, expected.results, strict=True):
+                assert got.classification.probabilities == pytest.approx(list(want.classification.probabilities), abs=1e-5)
+    assert {call.result() for call in late} <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.OK}
