@@ -48,6 +48,10 @@ class Process:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
+    @property
+    def open_files(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
         with grpc.insecure_channel(self.address) as channel:
