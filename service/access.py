@@ -34,6 +34,11 @@ class Caller:
     ensembles: frozenset[str] | None  # those it may ask; None: all
     quota: QuotaConfig
 
+    @property
+    def turn(self) -> str:
+        """Whose turn in a queue its requests take; empty where callers cannot be told apart."""
+        return "" if self.name == ANONYMOUS else self.name
+
     def check(self, scope: Scope, purpose: str) -> None:
         """Raise Forbidden where the caller lacks the scope for `purpose`."""
         if scope not in self.scopes:

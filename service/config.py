@@ -273,6 +273,12 @@ class ServiceConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _nobody_is_called_anonymous(self) -> Self:
+        if "anonymous" in self.callers:
+            raise ValueError("callers: `anonymous` is whoever calls where nobody is named; choose another name")
+        return self
+
+    @model_validator(mode="after")
     def _callers_are_told_apart(self) -> Self:
         for what in ("token_sha256", "certificate"):
             seen: dict[str, str] = {}

@@ -55,7 +55,7 @@ class Call:
 
     def submit(self, served: Served, images: NDArray[np.uint8]) -> Future[Result]:
         """Queue images; they leave the queue when the caller's deadline passes."""
-        return served.loaded.batcher.submit(images, self.deadline, self.caller.name)
+        return served.loaded.batcher.submit(images, self.deadline, self.caller.turn)
 
     def compute(self, served: Served, images: NDArray[np.uint8]) -> Result:
         """The answers to images: at once where nobody else is about, else through the queue, which they leave with the caller."""

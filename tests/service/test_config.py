@@ -180,3 +180,50 @@ def test_a_section_with_nothing_in_it_is_all_defaults(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "# nothing\n"), environment={}) == load_config(environment={})
+
+
+HASH = 64 * "a"
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("callers: {a: {scopes: [classify]}}", "expected `token_sha256` or `certificate`: by what is this caller known?"),
+        (f"callers: {{a: {{token_sha256: {HASH}, scopes: []}}}}", "callers.a.scopes: Tuple should have at least 1 item"),
+        (f"callers: {{a: {{token_sha256: {HASH}, scopes: [clasify]}}}}", "callers.a.scopes.0: Input should be 'classify'"),
+        (f"callers: {{a: {{token_sha256: {HASH.upper()}, scopes: [admin]}}}}", "callers.a.token_sha256: String should match"),
+        (f"callers: {{anonymous: {{token_sha256: {HASH}, scopes: [admin]}}}}", "`anonymous` is whoever calls"),
+        (
+            f"callers: {{a: {{token_sha256: {HASH}, scopes: [admin]}}, b: {{token_sha256: {HASH}, scopes: [classify]}}}}",
+            "callers `a` and `b` have the same token_sha256",
+        ),
+        ("callers: {a: {certificate: a.example, scopes: [admin]}}", "known by a certificate: set `tls: {client_ca: FILE}`"),
+        ("admin: 127.0.0.1:50052", "`admin` opens a port that changes what is served: name a caller with the scope `admin`"),
+        (
+            f"admin: 0.0.0.0:1\ncallers: {{a: {{token_sha256: {HASH}, scopes: [admin]}}}}",
+            "`admin: 0.0.0.0:1` is reachable",
+        ),
+        ("scopes: {classify: {ensembles: [fulll]}}", "scopes.classify.ensembles: expected some of full, got fulll"),
+        ("scopes: {classify: {disclosure: labels}}", "scopes.classify.disclosure: expected one of label, verdict"),
+        ("quota: {images_per_second: 0}", "quota.images_per_second: Input should be greater than 0"),
+        ("logging: {requests: some}", "logging.requests: Input should be 'none', 'notable' or 'all'"),
+        ("signature: {}", "signature.public_key: Field required"),
+    ],
+)
+def test_a_mistake_about_callers_is_told_where_it_stands(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(InvalidConfig) as refused:
+        load_config(write(tmp_path, text), environment={})
+    assert sentence in str(refused.value)
+
+
+def test_paths_of_certificates_and_keys_are_relative_to_the_file(tmp_path: Path) -> None:
+    text = "tls: {certificate: a.pem, key: b.pem, client_ca: c.pem}\nsignature: {public_key: d.pub}\n"
+    config = load_config(write(tmp_path, text), environment={})
+    assert config.tls is not None
+    assert config.signature is not None
+    assert config.tls.client_ca == tmp_path / "c.pem"
+    assert config.signature.public_key == tmp_path / "d.pub"
+
+
+def test_a_callers_token_is_no_key_of_the_configuration() -> None:
+    assert load_config(environment={"PHALANX_TOKEN": "secret"}) == load_config(environment={})
