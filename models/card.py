@@ -80,6 +80,10 @@ class SystemCard(_Frozen):
     robust_uint8: Share  # rounded to whole pixels, as served
     rejecting_5: Share  # robust accuracy with rejection
     rejecting_1: Share
+    rejected_5: Share | None = (
+        None  # images whose worst version at 5% is rejected; the rest of 1 - rejecting_5 is wrong and accepted
+    )
+    wrong_5: Share | None = None  # images of which some version is wrong and accepted at 5%
     robust_error: float  # RErr(tau), Stutz et al. 2020
     tau: float  # the p-value that 99% of rightly classified calibration images reach
     attacks: tuple[AttackRow, ...]

@@ -36,7 +36,7 @@ from models.composition import compose
 from models.ensemble import Ensemble
 from training.attacks.pgd import margin
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
-from training.evaluation.scores import REJECT, REVIEW, Bools, Ledger, answer, ledger, mcnemar, share
+from training.evaluation.scores import REJECT, REVIEW, Bools, Ledger, Outcome, answer, ledger, mcnemar, share
 from training.evaluation.subjects import NAIVE, Subject, controls, every_subset, full_and_members, undefended
 from training.evaluation.suites import CONTROL
 from training.system import Members
@@ -118,7 +118,7 @@ def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger
     ensemble = campaign.system(subject).ensemble
     test_label, test_p = answer(ensemble, campaign.clean("test")[0])
     screened = bool(ensemble.detectors)
-    tau = _tau(campaign, ensemble)
+    tau, worst = _tau(campaign, ensemble), counted.outcomes(REVIEW)
     return SystemCard(
         name=subject.name,
         members=tuple(voter.name for voter in ensemble.voters),
@@ -132,6 +132,8 @@ def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger
         robust_uint8=share(counted.where(lambda row: row.version == ROUNDED).robust),
         rejecting_5=share(counted.robust_at(REVIEW)),
         rejecting_1=share(counted.robust_at(REJECT)),
+        rejected_5=share(worst == Outcome.REJECTED),
+        wrong_5=share(worst == Outcome.WRONG),
         robust_error=counted.robust_error(tau),
         tau=tau,
         attacks=tuple(_attacks(counted)),
