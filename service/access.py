@@ -14,7 +14,7 @@ from typing import cast
 
 import grpc
 
-from service.config import CallerConfig, Disclosure, QuotaConfig, Scope, ScopeConfig, ServiceConfig
+from service.config import CallerConfig, Disclosure, QuotaConfig, Scope, ServiceConfig
 from service.errors import Forbidden, Unauthenticated
 
 AUTHORIZATION = "authorization"
@@ -30,8 +30,8 @@ class Caller:
 
     name: str
     scopes: frozenset[Scope]
-    disclosure: Disclosure  # at most
-    ensembles: frozenset[str] | None  # those it may ask; None: all
+    told: Mapping[str, Disclosure]  # ensemble -> how much of its answers, at most
+    told_of_others: Disclosure | None  # of every other ensemble; None: it may not ask them
     quota: QuotaConfig
 
     @property
@@ -44,11 +44,18 @@ class Caller:
         if scope not in self.scopes:
             raise Forbidden(f"{purpose} needs the scope `{scope}`, which caller `{self.name}` does not have")
 
+    def may_ask(self, ensemble: str) -> bool:
+        return ensemble in self.told or self.told_of_others is not None
+
     def check_ensemble(self, name: str) -> None:
         """Raise Forbidden where the caller may not ask this ensemble; whether there is one of this name is not told."""
-        if self.ensembles is not None and name not in self.ensembles:
-            allowed = ", ".join(sorted(self.ensembles)) or "none"
+        if not self.may_ask(name):
+            allowed = ", ".join(sorted(self.told)) or "none"
             raise Forbidden(f"caller `{self.name}` may ask {allowed}; others need the scope `{Scope.ABLATE}`")
+
+    def disclosure(self, ensemble: str) -> Disclosure:
+        """How much of this ensemble's answers the caller is told, at most; the least where it may not ask it at all."""
+        return self.told.get(ensemble, self.told_of_others or Disclosure.LABEL)
 
 
 class Access:
@@ -56,12 +63,12 @@ class Access:
 
     def __init__(self, config: ServiceConfig) -> None:
         limit = config.limits.disclosure
-        self._anonymous = Caller(ANONYMOUS, frozenset(Scope), limit, None, config.quota)
+        self._anonymous = Caller(ANONYMOUS, frozenset(Scope), {}, limit, config.quota)
         self._tokens: list[tuple[bytes, Caller]] = []
         self._certificates: dict[str, Caller] = {}
         for name, its in config.callers.items():
-            told = min(limit, _disclosed(config, its), its.disclosure or Disclosure.EVIDENCE)
-            caller = Caller(name, frozenset(its.scopes), told, _callable(config, its), its.quota or config.quota)
+            told, others = _told(config, its, min(limit, its.disclosure or Disclosure.EVIDENCE))
+            caller = Caller(name, frozenset(its.scopes), told, others, its.quota or config.quota)
             if its.token_sha256 is not None:
                 self._tokens.append((bytes.fromhex(its.token_sha256), caller))
             if its.certificate is not None:
@@ -101,25 +108,19 @@ def token_digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _disclosed(config: ServiceConfig, caller: CallerConfig) -> Disclosure:
-    """The most that one of the caller's scopes allows."""
-    return max((its.disclosure for its in _granted(config, caller).values()), default=Disclosure.LABEL)
-
-
-def _callable(config: ServiceConfig, caller: CallerConfig) -> frozenset[str] | None:
-    """The ensembles of all of its scopes together."""
-    found = set[str]()
-    for scope, its in _granted(config, caller).items():
+def _told(config: ServiceConfig, caller: CallerConfig, most: Disclosure) -> tuple[dict[str, Disclosure], Disclosure | None]:
+    """How much of which ensemble's answers, and of all others: of each the most that one of its scopes gives."""
+    told: dict[str, Disclosure] = {}
+    others: Disclosure | None = None
+    for scope, its in ((Scope.CLASSIFY, config.scopes.classify), (Scope.ABLATE, config.scopes.ablate)):
+        if scope not in caller.scopes:
+            continue
+        level = min(most, its.disclosure)
         if its.ensembles is None and scope is Scope.ABLATE:
-            return None
-        found |= {next(iter(config.ensembles))} if its.ensembles is None else set(its.ensembles)
-    return frozenset(found)
-
-
-def _granted(config: ServiceConfig, caller: CallerConfig) -> dict[Scope, ScopeConfig]:
-    """Those of its scopes that ask for answers."""
-    asking = {Scope.CLASSIFY: config.scopes.classify, Scope.ABLATE: config.scopes.ablate}
-    return {scope: its for scope, its in asking.items() if scope in caller.scopes}
+            others = level
+        for name in its.ensembles or (next(iter(config.ensembles)),):
+            told[name] = max(level, told.get(name, level))
+    return told, others
 
 
 def _token(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
@@ -132,7 +133,6 @@ def _token(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
 
 
 def _certified(context: Mapping[str, Iterable[bytes]]) -> Iterable[str]:
-    """The names that the caller's verified certificate carries."""
-    for key in IDENTITIES:
-        for name in context.get(key, ()):
-            yield name.decode(errors="replace")
+    """The names that the caller's verified certificate carries; the common name is only looked at where there is no other."""
+    names = next((found for key in IDENTITIES if (found := list(context.get(key, ())))), [])
+    return [name.decode(errors="replace") for name in names]

@@ -50,6 +50,7 @@ class Request:
     caller: str = ""  # whose; empty where callers are not told apart
     future: Future[Result] = field(default_factory=Future)
     taken: int = 0  # images already put into a run
+    forgotten: bool = False  # what is left does not count as waiting any more
     parts: list[Decision] = field(default_factory=list)
     masks_seeds: tuple[int | None, ...] = ()
     queue_seconds: float = 0.0

@@ -20,8 +20,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -98,7 +100,7 @@ class Batcher:
                 raise QueueFull(n, self._waiting.total, self._limits.max_queue, max(wait, 0.001))
             self._waiting.add(caller, n)
             self._inbox.put(request)
-        request.future.add_done_callback(self._given_up)
+        request.future.add_done_callback(partial(self._given_up, request))
         return request.future
 
     def compute_now(self, images: Images, deadline: float | None = None, stop: Stop | None = None) -> Result | None:
@@ -113,10 +115,10 @@ class Batcher:
             return None
         try:
             self._refuse_if_draining()
-            if deadline is not None and (left := deadline - self._clock()) <= n * self._seconds_per_image:
-                raise DeadlineExceeded(
-                    f"{max(left, 0):.3f} s are left, and the work takes about {n * self._seconds_per_image:.3f} s"
-                )
+            needed = n * self._seconds_per_image
+            if deadline is not None and (left := deadline - self._clock()) <= needed:
+                self._seconds_per_image *= 0.9  # one slow run must not refuse everybody for good
+                raise DeadlineExceeded(f"{max(left, 0):.3f} s are left, and the work takes about {needed:.3f} s")
             run, seconds = self._run(images, 1, stop)
         except Stopped:
             raise CancelledError from None
@@ -215,31 +217,49 @@ class Batcher:
         return Closed.READY
 
     def _take(self) -> list[Share]:
-        """A batch from all that has arrived, in its order; leaves out who does not wait any more."""
+        """A batch from all that has arrived, the same number of images for every caller who has as many waiting, each
+        caller's in their order; leaves out who does not wait any more.
+        """
         batch: list[Share] = []
         expired: list[Request] = []
         room, now = self._limits.max_batch_size, self._clock()
         with self._lock:
             self._receive_all()
+            portion = max(1, room // max(1, self._backlog.callers))
             while self._backlog and room:
-                request = self._backlog.popleft()
-                if request.future.done() or (request.deadline is not None and request.deadline <= now):
-                    self._waiting.remove(request.caller, request.left)
-                    expired.append(request)
-                    continue
-                n = min(room, request.left)
-                batch.append(Share(request, request.images[request.taken : request.taken + n]))
-                if request.taken == 0:
-                    request.queue_seconds = now - request.submitted
-                request.taken += n
-                self._waiting.remove(request.caller, n)
-                room -= n
-                if request.left:
-                    self._backlog.append(request)  # the room is used up: whoever waits behind it comes first next time
+                with self._backlog.turn() as requests:
+                    room -= self._portion(requests, min(portion, room), now, batch, expired)
             self._running, self._stop = batch, Stop()
         for request in expired:
             request.fail(DeadlineExceeded(f"the deadline passed after {now - request.submitted:.3f} s in the queue"))
         return batch
+
+    def _portion(self, requests: deque[Request], most: int, now: float, batch: list[Share], expired: list[Request]) -> int:
+        """Move at most so many images of one caller's into the batch; how many it were. The caller holds the lock."""
+        left, rest = most, list[Request]()
+        while requests and left:
+            request = requests.popleft()
+            if request.future.done() or (request.deadline is not None and request.deadline <= now):
+                self._forget(request)
+                expired.append(request)
+                continue
+            n = min(left, request.left)
+            batch.append(Share(request, request.images[request.taken : request.taken + n]))
+            if request.taken == 0:
+                request.queue_seconds = now - request.submitted
+            request.taken += n
+            self._waiting.remove(request.caller, n)
+            left -= n
+            if request.left:
+                rest.append(request)  # whoever waits behind it comes first next time
+        requests.extend(rest)
+        return most - left
+
+    def _forget(self, request: Request) -> None:
+        """What is left of a request does not wait any more; the caller holds the lock."""
+        if not request.forgotten:
+            request.forgotten = True
+            self._waiting.remove(request.caller, request.left)
 
     def _compute(self, batch: Sequence[Share]) -> None:
         """One run; whatever goes wrong in it is the answer of its requests, and of nobody else."""
@@ -259,11 +279,12 @@ class Batcher:
             with self._lock:
                 self._running, self._stop = (), None
 
-    def _given_up(self, future: Future[Result]) -> None:
-        """A request ended; if it gave up, and so did all its batch-mates, their run is stopped."""
+    def _given_up(self, request: Request, future: Future[Result]) -> None:
+        """A request ended; if it gave up, its place is free, and if all its batch-mates did, their run is stopped."""
         if not future.cancelled():
             return
         with self._lock:
+            self._forget(request)
             if self._stop is not None and all(share.request.future.done() for share in self._running):
                 self._stop.now()
 

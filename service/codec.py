@@ -59,8 +59,7 @@ def decode_images(
     still_wanted: Callable[[], bool] = lambda: True,
 ) -> Decoded:
     """Every readable image of a request.  `still_wanted` is asked between them: decoding for nobody is a waste."""
-    if not 1 <= len(images) <= limits.max_images_per_request:
-        raise InvalidRequest(f"expected 1 to {limits.max_images_per_request} images, got {len(images)}", "images")
+    check_number(images, limits)
     budget = PixelBudget(limits.max_image_pixels, limits.max_request_pixels)
     arrays: list[NDArray[np.uint8]] = []
     resized: list[bool | None] = []
@@ -79,6 +78,12 @@ def decode_images(
     if len(arrays) == 1:
         return Decoded(arrays[0][np.newaxis], tuple(resized), errors)
     return Decoded(np.stack(arrays) if arrays else np.empty((0, *spec.shape), np.uint8), tuple(resized), errors)
+
+
+def check_number(images: Sequence[pb.Image], limits: LimitsConfig) -> None:
+    """Raise InvalidRequest where these are more images than a request may hold, or none."""
+    if not 1 <= len(images) <= limits.max_images_per_request:
+        raise InvalidRequest(f"expected 1 to {limits.max_images_per_request} images, got {len(images)}", "images")
 
 
 def disclosure(asked: int, limit: Disclosure) -> Disclosure:

@@ -88,6 +88,15 @@ class Address:
         except ValueError:  # a name: where it leads is not ours to guess
             return False
 
+    @property
+    def private(self) -> bool:
+        """Of this machine or of a private network, and not every address there is."""
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return self.loopback
+        return address.is_private and not address.is_unspecified
+
 
 def _address(value: object) -> object:
     if isinstance(value, Address):
@@ -303,6 +312,24 @@ class ServiceConfig(_Section):
             for name in getattr(self.scopes, scope).ensembles or ():
                 if name not in self.ensembles:
                     raise ValueError(f"scopes.{scope}.ensembles: expected some of {', '.join(self.ensembles)}, got {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _scopes_are_somebodys(self) -> Self:
+        if "scopes" in self.model_fields_set and not self.callers:
+            raise ValueError(
+                "`scopes` says what callers may ask, and nobody is named under `callers`: everybody may ask everything"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_stay_private(self) -> Self:
+        address, certified = self.metrics, self.tls is not None and self.tls.client_ca is not None
+        if address is not None and self.callers and not (address.private or certified or self.insecure):
+            raise ValueError(
+                f"`metrics: {address}` tells whoever reaches it what callers may not know: bind a private address, "
+                f"set `tls: {{client_ca: FILE}}`, or say `insecure: true`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,9 @@ def read_source(path: Path) -> ConfigSource:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InvalidConfig(f"{path}{line}: not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # a character that YAML forbids
+    except InvalidConfig:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character that YAML forbids, the 45th of a month, ...
         raise InvalidConfig(f"{path}: not YAML: {error}") from None
     if values is None:
         values = {}
@@ -131,7 +133,7 @@ def with_environment(source: ConfigSource, environment: Mapping[str, str], model
             _put(values, path, _parsed(environment[variable], _type_at(model, path)))
         except InvalidConfig as error:
             mistakes.append(f"{variable}: {error}")
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             mistakes.append(f"{variable}: not YAML: {environment[variable]!r}")
         places = {where: place for where, place in places.items() if where[: len(path)] != path}
         places[path] = variable
@@ -221,5 +223,5 @@ def parsed(text: str, place: str) -> Any:
         return _loaded(text)
     except InvalidConfig as error:
         raise InvalidConfig(f"{place}: {error}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InvalidConfig(f"{place}: not YAML: {text[:80]!r}") from None

@@ -81,19 +81,26 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
 
 def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | None = None) -> Ensembles:
     """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
-    cache = GraphCache(user_cache(os.environ)) if cache is None else cache
+    if config.signature is not None:
+        cache = GraphCache(None)  # a graph kept on disk is nobody's signed word
+    elif cache is None:
+        cache = GraphCache(user_cache(os.environ))
     bundle = read_trusted(config)
     card = read_card(bundle.manifest, bundle.documents)
     threads = ComputeThreads(config.device.threads)
+    loaded: dict[str, LoadedEnsemble] = {}
     try:
         ready: list[tuple[Ensemble, Engine]] = []
         for name in config.ensembles:
             ensemble = compose_named(bundle, config, name)
             ready.append((ensemble, _engine(bundle, ensemble, config.device, cache, threads)))
+        for ensemble, engine in ready:
+            loaded[ensemble.name] = _start(ensemble, engine, config, metrics)
     except BaseException:
+        for each in loaded.values():
+            each.batcher.drain(0.0)
         threads.close()
         raise
-    loaded = {ensemble.name: _start(ensemble, engine, config, metrics) for ensemble, engine in ready}
     metrics.describe_bundle(bundle.manifest.name, bundle.manifest.version)
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from service.batch import Request
 
@@ -21,18 +22,23 @@ class FairQueue:
         for requests in self._waiting.values():
             yield from requests
 
+    @property
+    def callers(self) -> int:
+        """How many have something waiting."""
+        return len(self._waiting)
+
     def append(self, request: Request) -> None:
         """Behind the caller's other requests; a caller who had none comes after all who have."""
         self._waiting.setdefault(request.caller, deque()).append(request)
 
-    def popleft(self) -> Request:
-        """The first request of the caller whose turn it is, and who is last now."""
+    @contextmanager
+    def turn(self) -> Iterator[deque[Request]]:
+        """What the caller has waiting whose turn it is, to take from and to append to; who has some left is last then."""
         caller = next(iter(self._waiting))
         requests = self._waiting.pop(caller)
-        request = requests.popleft()
+        yield requests
         if requests:
             self._waiting[caller] = requests
-        return request
 
     def clear(self) -> None:
         self._waiting.clear()

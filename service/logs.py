@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,7 +21,7 @@ from service.config import LoggingConfig
 if TYPE_CHECKING:
     from models.ensemble import Array
 
-MOST_A_SECOND = 100  # lines about calls: whoever is refused ten thousand times a second must not fill the disk
+MOST_A_SECOND = 100  # lines about one caller's calls: whoever is refused ten thousand times a second must not fill the disk
 QUIET = Verdict.CLEAN, Verdict.UNSCREENED
 
 requests = logging.getLogger("service.requests")
@@ -57,11 +58,13 @@ class RequestLog:
     def __init__(self, which: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.notable, self.all = which != "none", which == "all"
         self._clock, self._lock = clock, threading.Lock()
-        self._second, self._written, self._dropped = 0, 0, 0
+        self._second = 0
+        self._written: Counter[str] = Counter()  # in this second, by caller; all strangers are one
+        self._dropped: Counter[str] = Counter()  # since a caller's last line
 
     def write(self, method: str, ensemble: str, caller: str, request_id: str, code: str, seconds: float, verdicts: Array) -> None:
         """One call; verdicts (n,) of its images, or None where there are none."""
-        if not self._has_room():
+        if (dropped := self._dropped_before(caller)) is None:
             return
         fields: dict[str, object] = {
             "method": method, "ensemble": ensemble, "caller": caller, "request_id": request_id, "code": code,
@@ -69,8 +72,8 @@ class RequestLog:
         }  # fmt: skip
         if verdicts is not None:
             fields |= {"images": len(verdicts), "verdicts": _counted(verdicts)}
-        if self._dropped:
-            fields["lines_dropped"], self._dropped = self._dropped, 0
+        if dropped:
+            fields["lines_dropped"] = dropped
         requests.info("request", extra=fields)
 
     def wants(self, code: str, verdicts: Array) -> bool:
@@ -79,15 +82,18 @@ class RequestLog:
             return self.all
         return code != "OK" or (verdicts is not None and not all(verdict in QUIET for verdict in verdicts.tolist()))
 
-    def _has_room(self) -> bool:
+    def _dropped_before(self, caller: str) -> int | None:
+        """How many of a caller's lines were dropped before this one; None where this one is, too."""
         with self._lock:
             second = int(self._clock())
             if second != self._second:
-                self._second, self._written = second, 0
-            self._written += 1
-            if self._written > MOST_A_SECOND:
-                self._dropped += 1
-            return self._written <= MOST_A_SECOND
+                self._second = second
+                self._written.clear()
+            self._written[caller] += 1
+            if self._written[caller] > MOST_A_SECOND:
+                self._dropped[caller] += 1
+                return None
+            return self._dropped.pop(caller, 0)
 
 
 def _counted(verdicts: Array) -> Mapping[str, int]:

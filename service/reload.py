@@ -29,9 +29,12 @@ from service.servicers.health import Health
 log = logging.getLogger(__name__)
 
 # What a port, a pool of threads or a connection was made with.
-AT_START = ("listen", "metrics", "admin", "insecure", "tls")
+AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
+
+
+FORESEEN = (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, ValidationError, OSError)
 
 
 class ReloadFailed(Unfulfilled):
@@ -80,12 +83,15 @@ class Reloader:
         began = time.monotonic()
         with self._lock:
             try:
+                if not self._gate.ready:
+                    raise InvalidConfig("this server is shutting down")
                 catalogue = self._load(read())
-            except (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, ValidationError, OSError) as error:
+            except Exception as error:  # whatever it is, the old one goes on
                 self._gate.metrics.reloads("failed")
+                foreseen = isinstance(error, FORESEEN)
                 said = "audit: %s by %s failed, what was served before goes on: %s"
-                log.error(said, what, who, error, extra={"audit": what, "caller": who, "outcome": "failed"})
-                raise ReloadFailed(FOLDERS.sub("", str(error))) from error
+                log.error(said, what, who, error, extra={"audit": what, "caller": who, "outcome": "failed"}, exc_info=not foreseen)
+                raise ReloadFailed(FOLDERS.sub("", str(error)) if foreseen else "internal error; the log has it") from error
             self._offer(catalogue)
         seconds = time.monotonic() - began
         self._gate.metrics.reloads("ok")
@@ -117,6 +123,8 @@ class Reloader:
 
 
 def _refuse_what_needs_a_start(before: ServiceConfig, after: ServiceConfig) -> None:
+    if before.callers and not after.callers:  # as an empty file would have it
+        raise InvalidConfig("callers: expected some, as before, got none: to open a server to everybody takes a restart")
     pairs: Mapping[str, tuple[object, object]] = {
         **{key: (getattr(before, key), getattr(after, key)) for key in AT_START},
         **{f"limits.{key}": (getattr(before.limits, key), getattr(after.limits, key)) for key in LIMITS_AT_START},

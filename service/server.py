@@ -19,12 +19,13 @@ from enum import Enum, auto
 from typing import Self, cast
 
 import grpc
-from prometheus_client import ProcessCollector, start_http_server
+from prometheus_client import ProcessCollector
 
 from service.config import Address, ServiceConfig, TlsConfig
 from service.ensembles import load_ensembles
 from service.graph_cache import GraphCache
 from service.metrics import Metrics
+from service.metrics_port import MetricsPort
 from service.pb.inference import open_inference_pb2_grpc
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
 from service.reload import Reloaded, Reloader, ReloadFailed
@@ -63,14 +64,13 @@ class Server:
         with ExitStack() as started:
             started.callback(self._pool.shutdown)
             started.callback(lambda: self._server.stop(None).wait())
-            credentials = _credentials(config.tls, self.metrics) if config.tls else None
             # before loading: a busy port need not wait for the models
-            self.address = _listen(self._server, "listen", config.listen, credentials)
+            self.address = _listen(self._server, "listen", config.listen, config.tls, self.metrics)
             self._admin_pool = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="admin")
             started.callback(self._admin_pool.shutdown)
             self._admin = grpc.server(self._admin_pool, options=_options(config))
             started.callback(lambda: self._admin.stop(None).wait())
-            self.admin_address = config.admin and _listen(self._admin, "admin", config.admin, credentials)
+            self.admin_address = config.admin and _listen(self._admin, "admin", config.admin, config.tls, self.metrics)
             self.metrics_address = self._serve_metrics(started)
             ensembles = load_ensembles(config, self.metrics, cache)
             self._gate = Gate(Catalogue(config, ensembles), self.metrics)
@@ -121,8 +121,8 @@ class Server:
         registrar = cast(grpc.Server, Registrar(self._server, self._gate))
         defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, registrar)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
-        add_reflection(self._server, self._gate)
-        return add_health(self._server, self.ensembles)
+        add_reflection(registrar, self._gate)
+        return add_health(registrar, self._gate)
 
     def _add_admin(self) -> None:
         registrar = cast(grpc.Server, Registrar(self._admin, self._gate))
@@ -130,18 +130,15 @@ class Server:
 
     def _serve_metrics(self, started: ExitStack) -> Address | None:
         """On a port of their own; `started` gets to know how it is closed."""
-        address, tls = self._config.metrics, self._config.tls
-        if address is None:
+        wanted = self._config.metrics
+        if wanted is None:
             return None
-        # a scraper on this machine needs no certificate
-        files = (str(tls.certificate), str(tls.key)) if tls and not address.loopback else (None, None)
         try:
-            http, thread = start_http_server(address.port, address.host, self.metrics.registry, *files)
+            port = MetricsPort(wanted, self.metrics.registry, self._config.tls)
         except OSError as error:
-            raise CannotListen(f"metrics: cannot have {address}: {error.strerror or error}") from None
-        for close in (thread.join, http.server_close, http.shutdown):
-            started.callback(close)
-        return Address(address.host, http.server_port)
+            raise CannotListen(f"metrics: cannot have {wanted}: {error.strerror or error}") from None
+        started.callback(port.close)
+        return port.address
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +194,9 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _listen(server: grpc.Server, key: str, wanted: Address, credentials: grpc.ServerCredentials | None) -> Address:
+def _listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | None, metrics: Metrics) -> Address:
     address = str(_resolved(key, wanted))
+    credentials = _credentials(tls, metrics) if tls else None  # its own for every port, as each must hear of new files
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Never, TypeVar
+from typing import NamedTuple, Never, TypeVar
 
 import grpc
 import numpy as np
@@ -20,6 +20,7 @@ from service.codec import disclosure
 from service.config import Disclosure, Scope
 from service.engine import Stop
 from service.errors import Failure, TooManyCalls, failure_of, request_id_of, rich_status
+from service.fair_queue import Holdings
 from service.logs import RequestLog
 from service.metrics import CallMetrics, Metrics
 from service.quota import Quota, Quotas
@@ -43,15 +44,22 @@ class Call:
     context: grpc.ServicerContext
     deadline: float | None  # on the monotonic clock
     verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
+    paid: bool = False
 
     def ensemble(self, name: str) -> Served:
         """The ensemble of this name, or the default one for none, if the caller may ask it."""
         self.caller.check_ensemble(name or self.catalogue.default.name)
         return self.catalogue.find(name)
 
-    def disclosure(self, asked: int) -> Disclosure:
+    def disclosure(self, asked: int, served: Served) -> Disclosure:
         """How much of an answer is told."""
-        return disclosure(asked, self.caller.disclosure)
+        return disclosure(asked, self.caller.disclosure(served.name))
+
+    def spend(self, images: int) -> None:
+        """Charge the caller's quota, once: work that a reload makes begin again is paid for already."""
+        if not self.paid:
+            self.quota.spend(images)
+            self.paid = True
 
     def submit(self, served: Served, images: NDArray[np.uint8]) -> Future[Result]:
         """Queue images; they leave the queue when the caller's deadline passes."""
@@ -80,10 +88,18 @@ class Call:
         try:
             return future.result(None if self.deadline is None else max(0.0, self.deadline - time.monotonic()))
         except TimeoutError:
-            if future.done():  # not ours: the work itself raised it
-                raise
-            future.cancel()
+            if not future.cancel() and future.done():  # it ended just now, or the work itself raised it
+                return future.result()
             raise DeadlineExceeded("the deadline passed while the images waited or were computed") from None
+
+
+class Begun(NamedTuple):
+    """A request that was counted in."""
+
+    method: str
+    ensemble: str  # whose it is, or "" where it named none of ours
+    counted: CallMetrics
+    at: float  # time.perf_counter()
 
 
 class Gate:
@@ -97,11 +113,10 @@ class Gate:
         self.failed_seconds: dict[str, float] = {}  # by ensemble
         self._failures = threading.Lock()
         self._quotas, self._log = Quotas(), RequestLog(catalogue.config.logging.requests)
+        self._admission = threading.Lock()
         most = catalogue.limits.max_concurrent_calls
-        self._places = threading.BoundedSemaphore(most)
-        # A stream keeps its place while it is silent: so that streams never shut out whoever has one question.
-        self._most_calls, self._most_streams = most, max(1, most // 2)
-        self._stream_places = threading.BoundedSemaphore(self._most_streams)
+        self._places = Holdings(most)
+        self._stream_places = Holdings(max(1, most // 2))  # silent, a stream keeps its place: never all of them
         self.refusing = threading.Event()  # set when the server ends: no call is admitted any more
 
     def swap(self, catalogue: Catalogue) -> Catalogue:
@@ -120,8 +135,11 @@ class Gate:
     def answer(
         self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
     ) -> Answer:
-        """Do the work of a unary call, for which the caller needs the scope, or end it with a status."""
-        began, call = self.begin(method, name), None
+        """Do the work of a unary call, for which the caller needs the scope, or end it with a status.
+
+        The work of an inference may be done again from its start, with another catalogue, if a reload overtakes it.
+        """
+        begun, call = self.begin(method, name), None
         try:
             call = self.identify(context)
             if scope is not None:
@@ -129,96 +147,95 @@ class Gate:
             answer = self._inference(call, work) if method in INFERENCES else work(call)
         except Exception as error:
             failure = failure_of(error, request_id_of(context))
-            self.end(method, name, began, failure.code)
-            self.log(method, name, began, context, call, failure.code)
+            self.end(begun, failure.code)
+            self.log(begun, context, call, failure.code)
             abort(failure, context)
-        self.end(method, name, began)
+        self.end(begun)
         if method in INFERENCES:
-            self.log(method, name, began, context, call)
+            self.log(begun, context, call)
         return answer
 
     def refuse(self, method: str, error: Exception, context: grpc.ServicerContext) -> Never:
         """End a call that no handler has seen, and count it."""
-        failure = failure_of(error)
-        self.end(method, "", self.begin(method, ""), failure.code)
+        failure, begun = failure_of(error), self.begin(method, "")
+        self.end(begun, failure.code)
+        self.log(begun, context, None, failure.code)
         abort(failure, context)
 
-    def begin(self, method: str, name: str) -> float:
+    def begin(self, method: str, name: str) -> Begun:
         """Count a request in; `name` is as the caller wrote it."""
-        return self._counted(method, name)[1].begin()
-
-    def end(self, method: str, name: str, began: float, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
-        """Count a request out, whatever became of it."""
         ensemble, counted = self._counted(method, name)
-        counted.end(began, code.name)
-        if method not in INFERENCES:
+        return Begun(method, ensemble, counted, counted.begin())
+
+    def end(self, begun: Begun, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
+        """Count a request out, whatever became of it, under the name it was counted in by."""
+        begun.counted.end(begun.at, code.name)
+        if begun.method not in INFERENCES:
             return
         if code is grpc.StatusCode.OK:
-            self.last_answer_ms[ensemble] = time.time_ns() // 1_000_000
+            self.last_answer_ms[begun.ensemble] = time.time_ns() // 1_000_000
         else:
             with self._failures:
-                self.failed_seconds[ensemble] = self.failed_seconds.get(ensemble, 0.0) + time.perf_counter() - began
+                spent = time.perf_counter() - begun.at
+                self.failed_seconds[begun.ensemble] = self.failed_seconds.get(begun.ensemble, 0.0) + spent
 
     def log(
-        self,
-        method: str,
-        name: str,
-        began: float,
-        context: grpc.ServicerContext,
-        call: Call | None,
-        code: grpc.StatusCode = grpc.StatusCode.OK,
+        self, begun: Begun, context: grpc.ServicerContext, call: Call | None, code: grpc.StatusCode = grpc.StatusCode.OK
     ) -> None:
         """Write a line about a call, if its end is one of those that get one; `call` is None for a stranger's."""
         verdicts = call.verdicts if call else None
         if self._log.wants(code.name, verdicts):
-            ensemble, caller = self._counted(method, name)[0], call.caller.name if call else ""
-            seconds = time.perf_counter() - began
-            self._log.write(method, ensemble, caller, request_id_of(context), code.name, seconds, verdicts)
+            caller, seconds = call.caller.name if call else "", time.perf_counter() - begun.at
+            self._log.write(begun.method, begun.ensemble, caller, request_id_of(context), code.name, seconds, verdicts)
 
     def overtaken(self, call: Call) -> bool:
         """Whether what the call found on offer is offered no more, because something else is."""
         return call.catalogue is not self.catalogue and not self.refusing.is_set()
 
-    def admit(self) -> None:
-        """Take one of the places for calls, or raise TooManyCalls or Draining; `leave` gives it back."""
+    @contextmanager
+    def place(self, caller: Caller) -> Iterator[None]:
+        """One of the places for calls; raises TooManyCalls or Draining.
+
+        As in a queue, a known caller leaves some for others.
+        """
         if self.refusing.is_set():
             raise Draining("this server is shutting down")
-        if not self._places.acquire(blocking=False):
-            raise TooManyCalls(self._most_calls)
-
-    def leave(self) -> None:
-        self._places.release()
+        with self._admission:
+            if not self._places.has_room(caller.turn, 1):
+                raise TooManyCalls(self._places.total)
+            self._places.add(caller.turn, 1)
+        try:
+            yield
+        finally:
+            with self._admission:
+                self._places.remove(caller.turn, 1)
 
     @contextmanager
-    def stream(self) -> Iterator[None]:
-        """A place for a stream; raises as `admit` does."""
-        if not self._stream_places.acquire(blocking=False):
-            raise TooManyCalls(self._most_streams, "streams")
+    def stream_place(self, caller: Caller) -> Iterator[None]:
+        """A place for a stream; raises as `place` does."""
+        with self._admission:
+            if not self._stream_places.has_room(caller.turn, 1):
+                raise TooManyCalls(self._stream_places.total, "streams")
+            self._stream_places.add(caller.turn, 1)
         try:
-            self.admit()
-            try:
+            with self.place(caller):
                 yield
-            finally:
-                self.leave()
         finally:
-            self._stream_places.release()
+            with self._admission:
+                self._stream_places.remove(caller.turn, 1)
 
     def _inference(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
         """Work that needs a place; begun again where a reload closed the queue it was about to enter."""
-        self.admit()
-        try:
-            with call.quota.call():
-                for _ in range(MOST_RELOADS):
-                    try:
-                        return work(call)
-                    except Draining:
-                        if not self.overtaken(call):
-                            raise
-                        now = self.identify(call.context, call.deadline)
-                        call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
-                return work(call)
-        finally:
-            self.leave()
+        with self.place(call.caller), call.quota.call():
+            for _ in range(MOST_RELOADS):
+                try:
+                    return work(call)
+                except Draining:
+                    if not self.overtaken(call):
+                        raise
+                    now = self.identify(call.context, call.deadline)
+                    call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
+            return work(call)
 
     def _counted(self, method: str, name: str) -> tuple[str, CallMetrics]:
         """A caller's name becomes a label only where it is one of ours: labels are kept for ever."""

@@ -41,14 +41,16 @@ class Registrar:
         parse, write = _lenient_parse(handler.request_deserializer), handler.response_serializer
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(handler.stream_stream, parse, write)
-        answer = handler.unary_unary
-        assert answer is not None, f"{method}: only unary and bidirectional methods are foreseen"
+        answer = handler.unary_unary or handler.unary_stream
+        assert answer is not None, f"{method}: no method is foreseen that takes a stream and answers once"
 
         def checked(request: Any, context: grpc.ServicerContext) -> Any:
             if isinstance(request, Malformed):
                 self._gate.refuse(method, request.error, context)
             return answer(request, context)
 
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(checked, parse, write)
         return grpc.unary_unary_rpc_method_handler(checked, parse, write)
 
 

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import grpc
 
-from service.codec import Answers, decode_images, encode_results
+from service.codec import Answers, check_number, decode_images, encode_results
 from service.config import Scope
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
@@ -31,7 +31,9 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
 
     def ListEnsembles(self, request: pb.ListEnsemblesRequest, context: grpc.ServicerContext) -> pb.ListEnsemblesResponse:
         def listed(call: Call) -> pb.ListEnsemblesResponse:
-            ensembles = [describe(served, call.catalogue, call.caller.disclosure) for served in call.catalogue.served.values()]
+            ensembles = [
+                describe(served, call.catalogue, call.caller.disclosure(served.name)) for served in call.catalogue.served.values()
+            ]
             return pb.ListEnsemblesResponse(ensembles=ensembles)
 
         return self._gate.answer("ListEnsembles", "", context, listed, Scope.DESCRIBE)
@@ -39,13 +41,15 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
     def GetEnsemble(self, request: pb.GetEnsembleRequest, context: grpc.ServicerContext) -> pb.GetEnsembleResponse:
         def description(call: Call) -> pb.GetEnsembleResponse:
             served = call.catalogue.find(request.ensemble)
-            return pb.GetEnsembleResponse(ensemble=describe(served, call.catalogue, call.caller.disclosure))
+            return pb.GetEnsembleResponse(ensemble=describe(served, call.catalogue, call.caller.disclosure(served.name)))
 
         return self._gate.answer("GetEnsemble", request.ensemble, context, description, Scope.DESCRIBE)
 
     def _classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
-        served, level = call.ensemble(request.ensemble), call.disclosure(request.disclosure)
-        call.quota.spend(len(request.images))
+        served = call.ensemble(request.ensemble)
+        level = call.disclosure(request.disclosure, served)
+        check_number(request.images, call.catalogue.limits)
+        call.spend(len(request.images))
         began = perf_counter()
         decoded = decode_images(request.images, served.spec, call.catalogue.limits, call.context.is_active)
         served.metrics.decode(perf_counter() - began)

@@ -72,11 +72,11 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 def _infer(request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
     call.caller.check_ensemble(request.model_name)
     served = _find(call, request.model_name, request.model_version, "model_name", "model_version")
-    outputs = requested_outputs(request.outputs, served.names, call.caller.disclosure)
+    outputs = requested_outputs(request.outputs, served.names, call.caller.disclosure(served.name))
     began = perf_counter()
     images = read_input(request, served.spec, call.catalogue.limits)
     served.metrics.decode(perf_counter() - began)
-    call.quota.spend(len(images))
+    call.spend(len(images))
     result = call.compute(served, images)
     began = perf_counter()
     response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
@@ -89,7 +89,7 @@ def _infer(request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
 def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
     served = _find(call, request.name, request.version, "name", "version")
     tensor = pb.ModelMetadataResponse.TensorMetadata
-    outputs = disclosed_outputs(served.names, call.caller.disclosure)
+    outputs = disclosed_outputs(served.names, call.caller.disclosure(served.name))
     return pb.ModelMetadataResponse(
         name=served.name,
         versions=[MODEL_VERSION],
@@ -101,7 +101,7 @@ def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataR
 
 def _configuration(request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
     served, batching = _find(call, request.name, request.version, "name", "version"), call.catalogue.config.batching
-    outputs = disclosed_outputs(served.names, call.caller.disclosure)
+    outputs = disclosed_outputs(served.names, call.caller.disclosure(served.name))
     config = pb.ModelConfig(
         name=served.name,
         platform=PLATFORM,

@@ -26,7 +26,7 @@ from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated,
 from service.images import PixelBudget
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.catalogue import Served
-from service.servicers.gate import MOST_RELOADS, Call, Gate, abort, deadline_of
+from service.servicers.gate import MOST_RELOADS, Begun, Call, Gate, abort, deadline_of
 from service.servicers.malformed import Malformed
 
 WINDOW = 64
@@ -49,7 +49,7 @@ class _Entry:
 
     id: str
     ensemble: str
-    began: float
+    begun: Begun
     outcome: _Submitted | Exception
 
 
@@ -58,8 +58,9 @@ def answer_stream(
 ) -> Iterator[pb.ClassifyStreamResponse]:
     with ExitStack() as places:
         try:
-            places.enter_context(gate.identify(context).quota.call())
-            places.enter_context(gate.stream())
+            call = gate.identify(context)
+            places.enter_context(call.quota.call())
+            places.enter_context(gate.stream_place(call.caller))
         except (Draining, TooFast, TooManyCalls, Unauthenticated) as error:
             gate.refuse(METHOD, error, context)  # counted here: an admitted stream is counted by its requests
         try:
@@ -127,20 +128,20 @@ class _Stream:
         with contextlib.suppress(queue.Empty):
             while True:
                 if (entry := self._entries.get_nowait()) is not None:
-                    self._gate.end(METHOD, entry.ensemble, entry.began, grpc.StatusCode.CANCELLED)
+                    self._gate.end(entry.begun, grpc.StatusCode.CANCELLED)
 
     def _enter(self, request: pb.ClassifyStreamRequest | Malformed) -> _Entry:
         if isinstance(request, Malformed):
             return _Entry("", "", self._gate.begin(METHOD, ""), request.error)
-        began = self._gate.begin(METHOD, request.ensemble)
-        return _Entry(request.id, request.ensemble, began, self._submitted(request))
+        begun = self._gate.begin(METHOD, request.ensemble)
+        return _Entry(request.id, request.ensemble, begun, self._submitted(request))
 
     def _submitted(self, request: pb.ClassifyStreamRequest) -> _Submitted | Exception:
         try:
             call = self._gate.identify(
                 self._context, self._deadline
             )  # for every request: a token may be revoked while a stream is open
-            call.quota.spend(1)
+            call.spend(1)
             for _ in range(MOST_RELOADS):
                 try:
                     return self._submit(request, call)
@@ -153,7 +154,8 @@ class _Stream:
             return error
 
     def _submit(self, request: pb.ClassifyStreamRequest, call: Call) -> _Submitted:
-        served, level = call.ensemble(request.ensemble), call.disclosure(request.disclosure)
+        served = call.ensemble(request.ensemble)
+        level = call.disclosure(request.disclosure, served)
         began = perf_counter()
         image = decode_one(request.image, served.spec, PixelBudget(call.catalogue.limits.max_image_pixels), "image")
         served.metrics.decode(perf_counter() - began)
@@ -187,6 +189,6 @@ class _Stream:
         finally:
             if isinstance(entry.outcome, _Submitted):
                 self._pending.discard(entry.outcome.future)
-            self._gate.end(METHOD, entry.ensemble, entry.began, code)
-            self._gate.log(METHOD, entry.ensemble, entry.began, self._context, call, code)
+            self._gate.end(entry.begun, code)
+            self._gate.log(entry.begun, self._context, call, code)
         return response

@@ -354,3 +354,96 @@ def _eventually(ask: Callable[[], object], seconds: float = 5.0) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+# --- what a reviewer found
+
+
+def test_what_two_scopes_give_is_given_of_each_ensemble_by_itself(tiny_bundle: Path, graphs: GraphCache) -> None:
+    scopes = {"classify": {"disclosure": "label"}, "ablate": {"ensembles": ["votes-only"], "disclosure": "evidence"}}
+    with serving(tiny_bundle, graphs, callers=KNOWN, scopes=scopes) as running:
+        lab = caller(running, "lab")
+        assert lab.native.Classify(request(random_pixels(1))).disclosure == pb.DISCLOSURE_LABEL
+        assert lab.native.Classify(request(random_pixels(1), "votes-only")).disclosure == pb.DISCLOSURE_EVIDENCE
+        assert [output.name for output in lab.open_inference.ModelInfer(infer()).outputs] == ["label"]
+        limits = lab.native.GetEnsemble(pb.GetEnsembleRequest()).ensemble.limits
+        assert limits.disclosure == pb.DISCLOSURE_LABEL
+
+
+def test_the_common_name_counts_only_where_there_is_no_other(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority
+) -> None:
+    callers = {"lab": {"certificate": "lab.example", "scopes": ["classify"]}}
+    with (
+        Server(configured(tiny_bundle, callers=callers, tls=certified(tmp_path, authority, True)), graphs) as server,
+        connection(server, authority, authority.issue("lab.example", ("mallory.example",))) as mallory,
+    ):
+        assert refusal(lambda: mallory.native.Classify(request(random_pixels(1)))) is CODE.UNAUTHENTICATED
+
+
+def test_both_ports_speak_tls_and_hear_of_new_certificates(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, authority: Authority
+) -> None:
+    tls, other = certified(tmp_path, authority, False), Authority("the next one")
+    options = [("grpc.ssl_target_name_override", "phalanx.test")]
+
+    def reachable(by: Authority) -> set[grpc.StatusCode]:
+        codes = set()
+        for address in (server.address, server.admin_address):
+            with grpc.secure_channel(str(address), grpc.ssl_channel_credentials(by.pem), options) as channel:
+                stub = admin_pb2_grpc.AdminStub(channel)
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.Reload(admin_pb2.ReloadRequest(), timeout=5)
+                codes.add(caught.value.code())
+        return codes
+
+    with Server(configured(tiny_bundle, tls=tls, callers=KNOWN, admin="127.0.0.1:0"), graphs) as server:
+        assert reachable(authority) == {CODE.UNIMPLEMENTED, CODE.UNAUTHENTICATED}
+        other.issue("phalanx.test", ("phalanx.test",)).write(tmp_path, "server")
+        assert reachable(other) == {CODE.UNIMPLEMENTED, CODE.UNAUTHENTICATED}
+        assert reachable(authority) == {CODE.UNAVAILABLE}
+
+
+def test_one_request_of_too_many_images_costs_no_quota(tiny_bundle: Path, graphs: GraphCache) -> None:
+    with serving(tiny_bundle, graphs, quota={"images_per_second": 0.001, "burst_images": 1}) as running:
+        assert refusal(lambda: running.native.Classify(pb.ClassifyRequest(images=[pb.Image()] * 10_000))) is CODE.INVALID_ARGUMENT
+        running.native.Classify(request(random_pixels(1)))
+
+
+def test_a_greedy_caller_leaves_places_for_others(tiny_bundle: Path, graphs: GraphCache) -> None:
+    callers = {name: {"token_sha256": token_digest(TOKENS[name]), "scopes": ["classify"]} for name in ("shop", "lab")}
+    over = threading.Event()
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest()
+        over.wait(30)
+
+    with serving(tiny_bundle, graphs, callers=callers, limits={"max_concurrent_calls": 36}) as running:
+        shop, lab = caller(running, "shop"), caller(running, "lab")
+        streams = [shop.native.ClassifyStream(silent()) for _ in range(18)]
+        codes = [_code(lambda stream=stream: next(stream)) for stream in streams]  # type: ignore[misc]
+        assert codes.count(CODE.RESOURCE_EXHAUSTED) == 2  # of 18 places for streams
+        assert codes.count(CODE.OK) == 16
+        mine = lab.native.ClassifyStream(silent())
+        next(mine)
+        lab.native.Classify(request(random_pixels(1)))
+        over.set()
+
+
+def test_strangers_learn_of_no_ensemble_through_health(guarded: Running) -> None:
+    def check(name: str, who: str | None) -> grpc.StatusCode:
+        health: Any = health_pb2_grpc.HealthStub(caller(guarded, who).channel)
+        return _code(lambda: health.Check(health_pb2.HealthCheckRequest(service=name)))
+
+    service = "phalanx.v1.DefenseEnsemble"
+    assert [check(name, None) for name in ("", service, "full", "no-edge")] == [CODE.OK, CODE.OK, CODE.NOT_FOUND, CODE.NOT_FOUND]
+    assert [check(name, "shop") for name in ("full", "no-edge")] == [CODE.OK, CODE.NOT_FOUND]
+    assert [check(name, "lab") for name in ("full", "no-edge", "none")] == [CODE.OK, CODE.OK, CODE.NOT_FOUND]
+
+
+def _code(ask: Callable[[], object]) -> grpc.StatusCode:
+    try:
+        ask()
+    except grpc.RpcError as error:
+        return error.code()
+    return CODE.OK

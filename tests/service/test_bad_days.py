@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -16,14 +17,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.server import Server
 from tests.bundles import write_tiny_bundle
-from tests.service.serving import Running, random_pixels, request, serving
+from tests.service.certificates import Authority
+from tests.service.serving import Running, configured, random_pixels, request, serving
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -96,6 +101,77 @@ def test_callers_that_never_read_their_streams(tiny_bundle: Path, graphs: GraphC
         for call, channel in zip(deaf, channels, strict=True):
             call.cancel()
             channel.close()
+
+
+def test_watchers_of_health_that_come_and_go_stop_nothing(server: Running) -> None:
+    """Each hangs up while others are told: a lock held over a send would meet one that waits for it."""
+
+    def churn() -> None:
+        with grpc.insecure_channel(str(server.server.address), [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            for _ in range(60):
+                watch = health.Watch(health_pb2.HealthCheckRequest())
+                with contextlib.suppress(grpc.RpcError):
+                    next(watch)
+                watch.cancel()
+
+    with ThreadPoolExecutor(6) as pool:
+        for each in [pool.submit(churn) for _ in range(6)]:
+            each.result(60)
+    answered(server)
+    deaf = [server.health.Watch(health_pb2.HealthCheckRequest(service=f"no such thing {i}")) for i in range(8)]
+    for watch in deaf:
+        next(watch)
+    with pytest.raises(grpc.RpcError) as refused:
+        next(server.health.Watch(health_pb2.HealthCheckRequest()))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    answered(server)
+
+
+@pytest.mark.parametrize("method", ["grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"])
+def test_bytes_that_are_no_health_request_are_no_error_of_ours(
+    server: Running, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = server.channel.unary_stream(f"/{method}") if method.endswith("Watch") else server.channel.unary_unary(f"/{method}")
+    with pytest.raises(grpc.RpcError) as refused:
+        list(call(b"\x0a\xff"))  # type: ignore[operator]
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_scraper_that_says_nothing_stops_no_other_nor_the_servers_end(
+    tiny_bundle: Path, graphs: GraphCache, tmp_path: Path
+) -> None:
+    authority = Authority()
+    certificate, key = authority.issue("phalanx.test", ("phalanx.test",)).write(tmp_path, "server")
+    (tmp_path / "ca.pem").write_bytes(authority.pem)
+    tls = {"certificate": certificate, "key": key, "client_ca": tmp_path / "ca.pem"}
+    shown = authority.issue("prometheus").write(tmp_path, "prometheus")
+
+    def scrape(server: Server, by: Authority, pair: tuple[Path, Path] | None) -> bytes:
+        assert server.metrics_address is not None
+        context = ssl.create_default_context(cadata=by.pem.decode())
+        if pair is not None:
+            context.load_cert_chain(*pair)
+        with (
+            socket.create_connection(("127.0.0.1", server.metrics_address.port), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname="phalanx.test") as wrapped,
+        ):
+            wrapped.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: wrapped.recv(65536), b""))
+
+    with Server(configured(tiny_bundle, tls=tls, metrics="0.0.0.0:0"), graphs) as server:
+        assert server.metrics_address is not None
+        with socket.create_connection(("127.0.0.1", server.metrics_address.port)):
+            assert b"phalanx_queue_images" in scrape(server, authority, shown)
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                scrape(server, authority, None)
+            other = Authority("the next one")
+            other.issue("phalanx.test", ("phalanx.test",)).write(tmp_path, "server")
+            assert b"phalanx_queue_images" in scrape(server, other, shown)
+            before = time.monotonic()
+            server.drain()
+            assert time.monotonic() - before < 5
 
 
 def test_a_caller_that_is_killed_takes_nobody_with_it(server: Running) -> None:

@@ -555,3 +555,51 @@ def test_a_lone_caller_who_gives_up_stops_the_run(engine: GatedEngine, images: I
         assert result is not None
         assert_same(result, alone[:2])
     assert engine.stopped == [1]
+
+
+def test_callers_get_as_many_images_of_a_batch_each(engine: GatedEngine, images: Images) -> None:
+    """Whoever sends whole batches does not get 63 of 64 beside one who sends single images."""
+    with batcher(engine, max_batch_size=8) as queue:
+        with engine.held():
+            queue.submit(images[:1])
+            engine.await_run()
+            bulk = queue.submit(images[:64], caller="bulk")
+            singles = [queue.submit(images[i : i + 1], caller="stream") for i in range(8)]
+        results = [single.result(SECONDS) for single in singles]
+        assert not bulk.done()
+        bulk.result(SECONDS)
+    assert {result.batch_size for result in results} == {8}
+    assert engine.runs == [1, 8, 8, 8, 8, 8, 8, 8, 8, 8]  # 4 and 4 twice, and then the rest
+
+
+def test_what_is_given_up_leaves_its_place_at_once(engine: GatedEngine, images: Images) -> None:
+    with batcher(engine, max_queue=4, max_batch_size=2) as queue, engine.held():
+        queue.submit(images[:1])
+        engine.await_run()
+        waiting = [queue.submit(images[:2]), queue.submit(images[:2])]
+        with pytest.raises(QueueFull):
+            queue.submit(images[:1])
+        waiting[0].cancel()
+        assert queue.depth == 2
+        again = queue.submit(images[:2])
+        engine.gate.set()
+        assert len(again.result(SECONDS).decision.label) == 2
+        assert queue.depth == 0
+
+
+def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, images: Images) -> None:
+    """A refusal computes nothing, from which a better estimate could come."""
+    now = [100.0]
+    with batcher(engine, clock=lambda: now[0]) as queue:
+        engine.before = lambda _: now.__setitem__(0, now[0] + 2.0)  # two seconds, as on a machine that was frozen
+        queue.compute_now(images[:1])
+        engine.before = lambda _: None
+        refusals = 0
+        while True:
+            try:
+                assert queue.compute_now(images[:1], deadline=now[0] + 1.0) is not None
+            except DeadlineExceeded:
+                refusals += 1
+            else:
+                break
+        assert 1 <= refusals < 20

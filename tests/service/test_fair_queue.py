@@ -20,11 +20,16 @@ def queued(callers: list[str]) -> tuple[FairQueue, list[Request]]:
     return queue, requests
 
 
+def first(queue: FairQueue) -> Request:
+    with queue.turn() as requests:
+        return requests.popleft()
+
+
 @given(CALLERS)
 def test_everybody_comes_out_once_and_each_callers_in_their_order(callers: list[str]) -> None:
     queue, requests = queued(callers)
     assert len(queue) == len(list(queue)) == len(requests)
-    out = [queue.popleft() for _ in requests]
+    out = [first(queue) for _ in requests]
     assert not queue
     for caller in "abc":
         assert [r.submitted for r in out if r.caller == caller] == [r.submitted for r in requests if r.caller == caller]
@@ -36,14 +41,14 @@ def test_nobody_is_served_twice_while_another_waits_once(callers: list[str]) -> 
     served = dict.fromkeys(callers, 0)
     for _ in requests:
         waiting = {request.caller for request in queue}
-        chosen = queue.popleft().caller
+        chosen = first(queue).caller
         served[chosen] += 1
         assert all(served[chosen] <= served[other] + 1 for other in waiting)
 
 
 def test_callers_who_are_not_told_apart_are_first_in_first_out() -> None:
     queue, requests = queued([""] * 10)
-    assert [queue.popleft() for _ in requests] == requests
+    assert [first(queue) for _ in requests] == requests
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 12)), max_size=60), st.integers(1, 100))

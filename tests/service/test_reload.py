@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from models.bundle import read_manifest
 from service.access import token_digest
@@ -30,6 +30,7 @@ from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+from service.reload import ReloadFailed
 from service.server import Server
 from tests.bundles import write_tiny_bundle
 from tests.service.serving import ENSEMBLES, Running, connected, random_pixels, request
@@ -101,7 +102,8 @@ def names(served: Configured) -> list[str]:
 
 
 def health(served: Configured, name: str) -> int:
-    return int(served.running.health.Check(health_pb2.HealthCheckRequest(service=name)).status)
+    asked: Any = health_pb2_grpc.HealthStub(grpc.intercept_channel(served.running.channel, Bearer("ops")))
+    return int(asked.Check(health_pb2.HealthCheckRequest(service=name)).status)
 
 
 # --- what a reload takes up
@@ -162,6 +164,22 @@ def bad_yaml(served: Configured) -> None:
     served.file.write_text("ensembles: {full: [")
 
 
+def bad_date(served: Configured) -> None:
+    served.file.write_text("bundle: 2024-13-45")  # of which PyYAML makes a date, or a bare ValueError
+
+
+def bad_depth(served: Configured) -> None:
+    served.file.write_text("ensembles: " + 600 * "[" + 600 * "]")
+
+
+def opened(served: Configured) -> None:
+    served.write(callers={}, admin="off")
+
+
+def other_logging(served: Configured) -> None:
+    served.write(logging={"requests": "all"})
+
+
 def bad_member(served: Configured) -> None:
     served.write(ensembles={"full": {"without": ["egde"]}})
 
@@ -192,6 +210,10 @@ def bad_hash(served: Configured) -> None:
     [
         (bad_typo, "phalanx.yaml, line [0-9]+: unknown key `calers`; did you mean `callers`?"),
         (bad_yaml, "phalanx.yaml, line 1: not YAML"),
+        (bad_date, "phalanx.yaml: not YAML"),
+        (bad_depth, "phalanx.yaml: not YAML|levels of keys"),
+        (opened, "admin: expected|callers: expected some, as before, got none"),
+        (other_logging, "logging: expected .*: this takes a restart to change"),
         (bad_member, "ensemble full: without: .*got 'egde'; the nearest is edge"),
         (bad_port, "listen: expected 127.0.0.1:0, as at the start, got 127.0.0.1:1: this takes a restart"),
         (bad_places, "limits.max_concurrent_calls: expected 128, as at the start, got 3"),
@@ -392,3 +414,46 @@ def _only_its_own_threads_are_left(others: set[threading.Thread]) -> None:
     while len(batchers() - others) > len(ENSEMBLES) and time.monotonic() < end:
         time.sleep(0.05)
     assert len(batchers() - others) == len(ENSEMBLES)
+
+
+def test_an_error_nobody_foresaw_changes_nothing_either(
+    served: Configured, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the secret path /etc/phalanx")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("service.reload.load_ensembles", broken)
+        assert refused(lambda: served.admin.Reload(admin_pb2.ReloadRequest())) == "internal error; the log has it"
+    assert "the secret path" in caplog.text
+    assert served.count("failed") == 1
+    assert served.native.Classify(request(random_pixels(1))).ensemble == "full"
+
+
+def test_a_reload_never_opens_a_server_that_names_its_callers(tmp_path: Path, graphs: GraphCache) -> None:
+    """As an empty file would, where all else comes from the environment."""
+    with configured(tmp_path, graphs, admin="off") as served:
+        served.write(callers={}, admin="off")
+        with pytest.raises(ReloadFailed, match="callers: expected some, as before, got none"):
+            served.running.server.reload("the test")
+        with pytest.raises(grpc.RpcError) as caught:
+            served.running.native.Classify(request(random_pixels(1)))
+        assert caught.value.code() is CODE.UNAUTHENTICATED
+
+
+def test_gauges_are_at_rest_after_an_ensemble_went_in_the_middle_of_a_call(served: Configured) -> None:
+    gone = threading.Event()
+
+    def requests() -> Iterator[pb.ClassifyStreamRequest]:
+        image = request(random_pixels(1)).images[0]
+        for _ in range(20):
+            yield pb.ClassifyStreamRequest(ensemble="no-edge", image=image)
+        gone.wait(20)
+
+    stream = served.native.ClassifyStream(requests())
+    next(stream)
+    served.admin.RemoveEnsemble(admin_pb2.RemoveEnsembleRequest(name="no-edge"))
+    gone.set()
+    assert len(list(stream)) == 19
+    in_flight = {key: value for key, value in served.running.scrape().items() if key.startswith("phalanx_in_flight_requests")}
+    assert set(in_flight.values()) == {0}

@@ -130,3 +130,10 @@ def test_signing_again_replaces_and_a_card_needs_a_new_signature(signed: tuple[P
     sign(bundle, tmp_path / "key.pem")
     assert (bundle / SIGNATURE_FILE).read_bytes() != before
     read_trusted(configured(bundle, signature={"public_key": public}))
+
+
+def test_a_signed_bundles_graphs_are_not_taken_from_a_folder(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whoever can write there could write another graph, with a hash that agrees."""
+    bundle, public = signed
+    with Server(configured(bundle, signature={"public_key": public}), GraphCache(tmp_path / "graphs")):
+        assert not (tmp_path / "graphs").exists()
