@@ -62,9 +62,9 @@ class Process:
 def phalanx(config: Mapping[str, Any], cache: Path) -> Iterator[Process]:
     """`phalanx serve` with this configuration, from the moment it is started; graphs are kept in `cache`."""
     with tempfile.TemporaryDirectory() as folder:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         file = Path(folder) / "phalanx.yaml"
-        file.write_text(yaml.safe_dump(dict(config) | {"listen": address, "metrics": f"127.0.0.1:{_free_port()}"}))
+        file.write_text(yaml.safe_dump(dict(config) | {"listen": address, "metrics": f"127.0.0.1:{free_port()}"}))
         command = [sys.executable, "-m", "service.cli", "serve", "--config", str(file)]
         with running(command, address, {"XDG_CACHE_HOME": str(cache)}) as process:
             yield process
@@ -73,7 +73,7 @@ def phalanx(config: Mapping[str, Any], cache: Path) -> Iterator[Process]:
 @contextmanager
 def simple(module: str, *arguments: str) -> Iterator[Process]:
     """`python -m MODULE ADDRESS ARGUMENTS`."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     with running([sys.executable, "-m", module, address, *arguments], address) as process:
         yield process
 
@@ -161,7 +161,7 @@ def provenance() -> str:
     return f"{cpu}, {os.cpu_count()} cores; commit {commit}; {libraries}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

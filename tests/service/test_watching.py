@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -106,12 +107,14 @@ def prometheus(tiny_bundle: Path, graphs: GraphCache, tmp_path_factory: pytest.T
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             try:
                 asked = Prometheus(address)
+                _await(asked, "up == 1")  # some seconds: Prometheus looks for new targets every five
                 for turn in range(6):  # counts must be seen to rise
                     _traffic(running)
                     if turn == 2:
                         running.server.reload("the test")
                     time.sleep(1)
-                _await(asked)
+                for query in ("ensemble:phalanx_flagged:ratio_rate30m", "rate(phalanx_verdicts_total[1m]) > 0"):
+                    _await(asked, query)
                 yield asked
             finally:
                 process.terminate()
@@ -127,16 +130,15 @@ def _traffic(running: Any) -> None:
         running.native.Classify(pb.ClassifyRequest())
 
 
-def _await(asked: Prometheus, seconds: float = 30.0) -> None:
+def _await(asked: Prometheus, query: str, seconds: float = 60.0) -> None:
+    """Until the query finds something."""
     end = time.monotonic() + seconds
     while True:
-        try:
-            if asked.ask("ensemble:phalanx_flagged:ratio_rate30m") and asked.ask("rate(phalanx_verdicts_total[1m]) > 0"):
+        with contextlib.suppress(URLError):  # it starts
+            if asked.ask(query):
                 return
-        except URLError:
-            pass
-        assert time.monotonic() < end, "Prometheus did not scrape the server in time"
-        time.sleep(0.3)
+        assert time.monotonic() < end, f"Prometheus finds nothing for {query}"
+        time.sleep(0.2)
 
 
 def test_every_query_of_the_dashboard_finds_something(prometheus: Prometheus) -> None:
