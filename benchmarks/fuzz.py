@@ -35,7 +35,7 @@ Message = tuple[str, bytes]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=int, default=10_000, help="broken messages to a server (default: %(default)s)")
+    parser.add_argument("--messages", type=int, default=40_000, help="broken messages to a server (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
     given = parser.parse_args()
@@ -43,7 +43,8 @@ def main() -> None:
         await_serving(server)
         with server.channel() as channel:
             print(f"{given.messages} broken messages, seed {given.seed}; {provenance()}")
-            sys.exit(report(server, channel, valid_messages(image_shape(server)), given.messages, given.seed))
+            failed = report(server, channel, valid_messages(image_shape(server)), given.messages, given.seed)
+    sys.exit(failed)
 
 
 def report(server: Process, channel: grpc.Channel, valid: Sequence[Message], messages: int, seed: int) -> int:

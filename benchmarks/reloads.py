@@ -53,7 +53,8 @@ def main() -> None:
             with server.channel() as public, grpc.insecure_channel(admin) as private:
                 stub = pb_grpc.DefenseEnsembleStub(with_token(public, TOKEN))
                 operator = admin_pb2_grpc.AdminStub(with_token(private, TOKEN))
-                sys.exit(measure(stub, operator, link, bundles, given.reloads, given.callers))
+                failed = measure(stub, operator, link, bundles, given.reloads, given.callers)
+    sys.exit(failed)
 
 
 def measure(
