@@ -82,7 +82,8 @@ class Server:
             self._admin.start()
             self._ended = started.pop_all()
         names = ", ".join(self.ensembles)
-        log.info("SERVING %s on %s; metrics on %s", names, self.address, self.metrics_address or "no port")
+        others = self.metrics_address or "no port", self.admin_address or "no port"
+        log.info("SERVING %s on %s; metrics on %s, admin on %s", names, self.address, *others)
 
     @property
     def ensembles(self) -> tuple[str, ...]:
