@@ -64,13 +64,13 @@ class Access:
     def __init__(self, config: ServiceConfig) -> None:
         limit = config.limits.disclosure
         self._anonymous = Caller(ANONYMOUS, frozenset(Scope), {}, limit, config.quota)
-        self._tokens: list[tuple[bytes, Caller]] = []
+        self._tokens: list[tuple[str, Caller]] = []  # hashes
         self._certificates: dict[str, Caller] = {}
         for name, its in config.callers.items():
             told, others = _told(config, its, min(limit, its.disclosure or Disclosure.EVIDENCE))
             caller = Caller(name, frozenset(its.scopes), told, others, its.quota or config.quota)
             if its.token_sha256 is not None:
-                self._tokens.append((bytes.fromhex(its.token_sha256), caller))
+                self._tokens.append((its.token_sha256, caller))
             if its.certificate is not None:
                 self._certificates[its.certificate] = caller
         self.open = not config.callers
@@ -90,7 +90,7 @@ class Access:
         raise Unauthenticated("expected credentials: metadata `authorization: Bearer TOKEN`" + self._or_certificate)
 
     def _holder(self, token: str) -> Caller:
-        presented, found = hashlib.sha256(token.encode()).digest(), None
+        presented, found = token_digest(token), None
         for digest, caller in self._tokens:  # all of them, each in constant time: when it takes as long as when it fails
             if hmac.compare_digest(digest, presented):
                 found = caller

@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
-
-
 FORESEEN = (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, ValidationError, OSError)
 
 

@@ -66,20 +66,16 @@ class Server:
             started.callback(lambda: self._server.stop(None).wait())
             # before loading: a busy port need not wait for the models
             self.address = _listen(self._server, "listen", config.listen, config.tls, self.metrics)
-            self._admin_pool = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="admin")
-            started.callback(self._admin_pool.shutdown)
-            self._admin = grpc.server(self._admin_pool, options=_options(config))
-            started.callback(lambda: self._admin.stop(None).wait())
-            self.admin_address = config.admin and _listen(self._admin, "admin", config.admin, config.tls, self.metrics)
+            self._admin, self.admin_address = self._open_admin(started)
             self.metrics_address = self._serve_metrics(started)
             ensembles = load_ensembles(config, self.metrics, cache)
             self._gate = Gate(Catalogue(config, ensembles), self.metrics)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
             self._health = self._add_servicers()
             self._reloader = Reloader(self._gate, self._health, cache, read_again or (lambda: config))
-            self._add_admin()
             self._server.start()
-            self._admin.start()
+            if self._admin is not None:
+                self._start_admin(self._admin)
             self._ended = started.pop_all()
         names = ", ".join(self.ensembles)
         others = self.metrics_address or "no port", self.admin_address or "no port"
@@ -106,7 +102,8 @@ class Server:
         # gRPC cancels what it has received and not yet handed to us when it stops: a caller is better told to try elsewhere.
         self._gate.refusing.set()
         time.sleep(min(REFUSING_SECONDS, shutdown.drain_seconds))
-        self._admin.stop(0)
+        if self._admin is not None:
+            self._admin.stop(0)
         stopped = self._server.stop(shutdown.drain_seconds)  # refuses new calls at once, cancels what is left at the end
         self._health.end_watches()
         stopped.wait()
@@ -125,9 +122,21 @@ class Server:
         add_reflection(registrar, self._gate)
         return add_health(registrar, self._gate)
 
-    def _add_admin(self) -> None:
-        registrar = cast(grpc.Server, Registrar(self._admin, self._gate))
+    def _open_admin(self, started: ExitStack) -> tuple[grpc.Server | None, Address | None]:
+        """A server of its own, where the configuration has a port for it; `started` gets to know how it is closed."""
+        wanted = self._config.admin
+        if wanted is None:
+            return None, None
+        pool = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="admin")
+        started.callback(pool.shutdown)
+        server = grpc.server(pool, options=_options(self._config))
+        started.callback(lambda: server.stop(None).wait())
+        return server, _listen(server, "admin", wanted, self._config.tls, self.metrics)
+
+    def _start_admin(self, server: grpc.Server) -> None:
+        registrar = cast(grpc.Server, Registrar(server, self._gate))
         admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(self._gate, self._reloader), registrar)
+        server.start()
 
     def _serve_metrics(self, started: ExitStack) -> Address | None:
         """On a port of their own; `started` gets to know how it is closed."""
@@ -197,7 +206,7 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
 
 def _listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | None, metrics: Metrics) -> Address:
     address = str(_resolved(key, wanted))
-    credentials = _credentials(tls, metrics) if tls else None  # its own for every port, as each must hear of new files
+    credentials = _credentials(tls, metrics) if tls else None
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
@@ -217,6 +226,6 @@ def _resolved(key: str, address: Address) -> Address:
 
 def _credentials(tls: TlsConfig, metrics: Metrics) -> grpc.ServerCredentials:
     try:
-        return Certificates(tls, metrics.certificate_expires).credentials
+        return Certificates(tls, metrics.certificate_expires).credentials()
     except InvalidCertificate as error:
         raise CannotListen(str(error)) from None

@@ -28,18 +28,19 @@ class InvalidCertificate(RuntimeError):
 
 
 class Certificates:
-    """One server's; thread-safe."""
+    """One port's, as each must hear of new files; thread-safe."""
 
     def __init__(self, tls: TlsConfig, told: Callable[[float], None]) -> None:
         """`told` gets the time at which the certificate expires, in seconds since the epoch, whenever one is read."""
         self._tls, self._told = tls, told
         self._lock = threading.Lock()
         self._signature = self._look()
-        self._read()  # raises now rather than at the first handshake
 
-    @property
     def credentials(self) -> grpc.ServerCredentials:
-        """What a port is opened with; the certificates themselves are asked for at every handshake."""
+        """What a port is opened with, now; the certificates themselves are asked for at every handshake.
+
+        Raises InvalidCertificate.
+        """
         renewed = cast(Callable[[], grpc.ServerCertificateConfiguration], self._renewed)  # None is foreseen, its type is not
         return grpc.dynamic_ssl_server_credentials(self._read(), renewed, self._tls.client_ca is not None)
 

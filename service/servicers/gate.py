@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Never, TypeVar
 
@@ -188,54 +188,47 @@ class Gate:
             caller, seconds = call.caller.name if call else "", time.perf_counter() - begun.at
             self._log.write(begun.method, begun.ensemble, caller, request_id_of(context), code.name, seconds, verdicts)
 
-    def overtaken(self, call: Call) -> bool:
-        """Whether what the call found on offer is offered no more, because something else is."""
-        return call.catalogue is not self.catalogue and not self.refusing.is_set()
+    def place(self, caller: Caller) -> AbstractContextManager[None]:
+        """One of the places for calls; raises TooManyCalls or Draining as it is entered."""
+        return self._place(self._places, caller, "calls")
 
     @contextmanager
-    def place(self, caller: Caller) -> Iterator[None]:
-        """One of the places for calls; raises TooManyCalls or Draining.
+    def stream_place(self, caller: Caller) -> Iterator[None]:
+        """A place for a stream, which is one for a call, too; raises as `place` does."""
+        with self._place(self._stream_places, caller, "streams"), self.place(caller):
+            yield
 
-        As in a queue, a known caller leaves some for others.
-        """
+    def begun_again(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
+        """The call's work; begun again where a reload closed the queue it was about to enter."""
+        for _ in range(MOST_RELOADS):
+            try:
+                return work(call)
+            except Draining:
+                if call.catalogue is self.catalogue or self.refusing.is_set():
+                    raise
+                now = self.identify(call.context, call.deadline)
+                call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
+        return work(call)
+
+    def _inference(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
+        """Work that needs a place."""
+        with self.place(call.caller), call.quota.call():
+            return self.begun_again(call, work)
+
+    @contextmanager
+    def _place(self, places: Holdings, caller: Caller, kind: str) -> Iterator[None]:
+        """As in a queue, a known caller leaves some for others."""
         if self.refusing.is_set():
             raise Draining("this server is shutting down")
         with self._admission:
-            if not self._places.has_room(caller.turn, 1):
-                raise TooManyCalls(self._places.total)
-            self._places.add(caller.turn, 1)
+            if not places.has_room(caller.turn, 1):
+                raise TooManyCalls(places.total, kind)
+            places.add(caller.turn, 1)
         try:
             yield
         finally:
             with self._admission:
-                self._places.remove(caller.turn, 1)
-
-    @contextmanager
-    def stream_place(self, caller: Caller) -> Iterator[None]:
-        """A place for a stream; raises as `place` does."""
-        with self._admission:
-            if not self._stream_places.has_room(caller.turn, 1):
-                raise TooManyCalls(self._stream_places.total, "streams")
-            self._stream_places.add(caller.turn, 1)
-        try:
-            with self.place(caller):
-                yield
-        finally:
-            with self._admission:
-                self._stream_places.remove(caller.turn, 1)
-
-    def _inference(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
-        """Work that needs a place; begun again where a reload closed the queue it was about to enter."""
-        with self.place(call.caller), call.quota.call():
-            for _ in range(MOST_RELOADS):
-                try:
-                    return work(call)
-                except Draining:
-                    if not self.overtaken(call):
-                        raise
-                    now = self.identify(call.context, call.deadline)
-                    call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
-            return work(call)
+                places.remove(caller.turn, 1)
 
     def _counted(self, method: str, name: str) -> tuple[str, CallMetrics]:
         """A caller's name becomes a label only where it is one of ours: labels are kept for ever."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, perf_counter
 
 import grpc
@@ -26,7 +27,7 @@ from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated,
 from service.images import PixelBudget
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.catalogue import Served
-from service.servicers.gate import MOST_RELOADS, Begun, Call, Gate, abort, deadline_of
+from service.servicers.gate import Begun, Call, Gate, abort, deadline_of
 from service.servicers.malformed import Malformed
 
 WINDOW = 64
@@ -142,14 +143,7 @@ class _Stream:
                 self._context, self._deadline
             )  # for every request: a token may be revoked while a stream is open
             call.spend(1)
-            for _ in range(MOST_RELOADS):
-                try:
-                    return self._submit(request, call)
-                except Draining:
-                    if not self._gate.overtaken(call):
-                        raise
-                    call = self._gate.identify(self._context, self._deadline)
-            return self._submit(request, call)
+            return self._gate.begun_again(call, partial(self._submit, request))
         except Exception as error:
             return error
 
