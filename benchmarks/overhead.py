@@ -16,20 +16,17 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks import echo
+from benchmarks.bare import bare_graph
 from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request, simple
-from models.bundle import read_bundle
-from models.masks import draw_masks
 from service.config import ServiceConfig
 from service.engine import open_session
-from service.ensembles import compose_named
-from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
@@ -55,7 +52,7 @@ def main() -> None:
         shape = image_shape(server)
         image = random_images(1, shape)
         message = request(image)
-        graph = bare_graph(config, Path(folder), image)
+        graph = bare_run(ServiceConfig.model_validate(config), Path(folder), image)
         with server.channel() as to_server, bare.channel() as to_bare:
             classify = pb_grpc.DefenseEnsembleStub(to_server).Classify
             bounce = to_bare.unary_unary(echo.METHOD, pb.ClassifyRequest.SerializeToString, pb.ClassifyRequest.FromString)
@@ -67,16 +64,10 @@ def main() -> None:
     report(rounds[1:], len(message.SerializeToString()))
 
 
-def bare_graph(config: Mapping[str, Any], cache: Path, image: np.ndarray[Any, np.dtype[np.uint8]]) -> Callable[[], object]:
+def bare_run(config: ServiceConfig, cache: Path, images: NDArray[np.uint8]) -> Call:
     """One run of the default ensemble's graph, without anything around it."""
-    settings = ServiceConfig.model_validate(config)
-    bundle = read_bundle(settings.bundle_path, weights=False)
-    ensemble = compose_named(bundle, settings, next(iter(settings.ensembles)))
-    session = open_session(GraphCache(cache).fused(bundle, ensemble), settings.device)
-    feeds: dict[str, Any] = {"image": image}
-    for name in ensemble.members:
-        if (spec := bundle.manifest.member(name).stochastic) is not None:
-            feeds["masks"] = draw_masks(bundle.manifest.masks.seed, spec.samples, spec.width, spec.keep)
+    bare = bare_graph(config, cache)
+    session, feeds = open_session(bare.content, config.device), bare.feeds(images)
     return lambda: session.run(None, feeds)
 
 

@@ -1,0 +1,136 @@
+"""On an NVIDIA device: whether every rule answers as on the CPU, and images a second and latency for every batch size.
+
+    python -m benchmarks.gpu
+
+Parity: the default ensemble under every rule that its bundle can serve, one engine on the CPU and one on CUDA, on the bundle's
+samples and on random images. Speed: the engine as the server runs it, beside the bare session on the same device. Without
+such a device it says so and ends with 0; `--provider cpu` goes through all of it on the CPU. Ends with 1 where answers differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from benchmarks.bare import BareGraph, bare_graph
+from benchmarks.serving import provenance, random_images, read_config
+from models.bundle import Bundle, read_bundle
+from models.composition import InvalidEnsemble
+from models.ensemble import Decision, RuleName
+from service.config import DeviceConfig, EnsembleConfig, ServiceConfig
+from service.engine import ComputeThreads, Engine, ProviderUnavailable, open_session
+from service.ensembles import compose_named
+from service.graph_cache import GraphCache
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+TOLERANCE = 1e-3  # of probabilities and scores: TF32 and other algorithms; two runs on one device agree within 1e-5
+Provider = Literal["cpu", "cuda"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser.add_argument("--provider", choices=get_args(Provider), default="cuda", help="what is compared with the CPU")
+    parser.add_argument("--images", type=int, default=256, help="random images for parity (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each batch size (default: %(default)s)")
+    given = parser.parse_args()
+    settings = ServiceConfig.model_validate(read_config(given.config))
+    bundle = read_bundle(settings.bundle_path, weights=False)
+    print(f"bundle {bundle.manifest.name} {bundle.manifest.version}; {provenance()}")
+    with tempfile.TemporaryDirectory() as folder, closing(ComputeThreads(settings.device.threads)) as threads:
+        engines = Engines(bundle, settings, GraphCache(Path(folder)), threads)
+        try:
+            agree = parity(engines, given.provider, given.images)
+        except ProviderUnavailable as error:
+            print(f"nothing is measured: {error}")
+            sys.exit(0)
+        device = DeviceConfig(provider=given.provider, strict=True)
+        speed(engines.on(given.provider), bare_graph(settings, Path(folder)), device, given.seconds)
+    sys.exit(not agree)
+
+
+class Engines:
+    """The default ensemble under any rule, on any device."""
+
+    def __init__(self, bundle: Bundle, config: ServiceConfig, cache: GraphCache, threads: ComputeThreads) -> None:
+        self.bundle, self._config, self._cache, self._threads = bundle, config, cache, threads
+        self._name = next(iter(config.ensembles))
+
+    def on(self, provider: Provider, rule: RuleName | None = None) -> Engine:
+        """Raises InvalidEnsemble where the bundle cannot serve the rule, ProviderUnavailable where there is no such device."""
+        chosen = self._config.ensembles[self._name].model_copy(update={"rule": rule} if rule else {})
+        ensembles: dict[str, EnsembleConfig] = {self._name: chosen}
+        ensemble = compose_named(self.bundle, self._config.model_copy(update={"ensembles": ensembles}), self._name)
+        device = DeviceConfig(provider=provider, strict=True)
+        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, device, self._threads)
+
+
+def parity(engines: Engines, provider: Provider, n: int) -> bool:
+    """Whether labels and verdicts are the same, and numbers nearly, for every rule."""
+    samples = engines.bundle.samples.images
+    images = np.concatenate([samples, random_images(n, samples.shape[1:])])
+    print(f"{len(images)} images, CPU and {provider}; numbers may differ by {TOLERANCE:g}")
+    good = True
+    for rule in RuleName:
+        try:
+            expected = engines.on("cpu", rule).run(images).decision
+        except InvalidEnsemble as error:
+            print(f"  {rule.value:12} not served by this bundle: {error}")
+            continue
+        got = engines.on(provider, rule).run(images).decision
+        moved = int(((got.label != expected.label) | (got.verdict != expected.verdict)).sum())
+        difference = furthest(got, expected)
+        same = moved == 0 and difference <= TOLERANCE
+        good &= same
+        print(
+            f"  {rule.value:12} {moved} labels or verdicts differ, numbers by {difference:.1e}: {'same' if same else 'DIFFERENT'}"
+        )
+    return good
+
+
+def furthest(got: Decision, expected: Decision) -> float:
+    """The largest difference of any number that is not a whole one; a number beside a NaN is infinitely far from it."""
+    most = 0.0
+    for column in fields(Decision):
+        a, b = getattr(got, column.name), getattr(expected, column.name)
+        if a.size and np.issubdtype(a.dtype, np.floating):
+            apart = np.where(a == b, 0.0, np.where(np.isnan(a) & np.isnan(b), 0.0, np.abs(a - b)))
+            most = max(most, float(np.nan_to_num(apart, nan=np.inf).max()))
+    return most
+
+
+def speed(engine: Engine, bare: BareGraph, device: DeviceConfig, seconds: float) -> None:
+    """One caller, one batch after the other."""
+    print(f"on {engine.provider}, images/s and milliseconds a batch (median, p99): the engine; the bare session")
+    session = open_session(bare.content, device)
+    images = random_images(max(BATCHES), bare.shape)
+    for batch in BATCHES:
+        part, feeds = images[:batch], bare.feeds(images[:batch])
+        engines, bares = timed(partial(engine.run, part), batch, seconds), timed(partial(session.run, None, feeds), batch, seconds)
+        print(f"  {batch:>4} {engines}   {bares}", flush=True)
+
+
+def timed(run: Callable[[], Any], batch: int, seconds: float) -> str:
+    for _ in range(3):
+        run()
+    spent: list[float] = []
+    end = time.perf_counter() + seconds
+    while (began := time.perf_counter()) < end:
+        run()
+        spent.append(time.perf_counter() - began)
+    median, most = np.quantile(spent, [0.5, 0.99]) * 1000
+    return f"{batch * len(spent) / sum(spent):7.0f} {median:7.2f} {most:7.2f}"
+
+
+if __name__ == "__main__":
+    main()
