@@ -29,6 +29,9 @@ Floats = NDArray[np.float32]
 Outputs = list[NDArray[Any]]  # one for every column of a decision
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Images in one run of a CPU session. More gain nothing and leave the caches: of the default bundle's graph, two threads ran 803
+# images a second in sixteens, 691 in thirty-twos and 656 in sixty-fours (python -m benchmarks.throughput).
+MOST_AT_ONCE = 16
 _COLUMNS = [column.name for column in fields(Decision)]
 
 
@@ -81,7 +84,7 @@ class ComputeThreads:
 class Engine:
     """Classifies batches of images; safe to share between threads.
 
-    On the CPU a batch is divided among threads, each of which runs the whole graph on its part. Threads that share every
+    On the CPU a batch is divided among threads, each of which runs the whole graph on its parts. Threads that share every
     convolution instead, as ONNX Runtime has it, wait for each other some thirty times a run: two of them gained nothing
     below batches of 64, at a third more CPU, unless they waited in a busy loop.
     """
@@ -117,7 +120,7 @@ class Engine:
         return Run(self._decide(images, {"masks": masks}, stop), masks_seed)
 
     def _decide(self, images: Images, masks: dict[str, Any], stop: Stop | None) -> Decision:
-        shares = 1 if self.provider == CUDA else min(len(images), self._threads.count)
+        shares = 1 if self.provider == CUDA else shares_of(len(images), self._threads.count)
         options = None if stop is None else stop.options
         run = self._session.run
         try:
@@ -133,6 +136,11 @@ class Engine:
     def _draw(self, seed: int) -> Floats | None:
         spec = self._masks_spec
         return draw_masks(seed, spec.samples, spec.width, spec.keep) if spec else None
+
+
+def shares_of(images: int, threads: int) -> int:
+    """In how many parts a batch is computed: as many for each thread, and none of more than MOST_AT_ONCE images."""
+    return min(images, threads * math.ceil(images / (threads * MOST_AT_ONCE)))
 
 
 def cores() -> int:
