@@ -16,7 +16,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Decision, DetectorName
 from models.masks import draw_masks
 from service.config import DeviceConfig
-from service.engine import CPU, CUDA, ComputeThreads, Engine, ProviderUnavailable, cores
+from service.engine import CPU, CUDA, MOST_AT_ONCE, ComputeThreads, Engine, ProviderUnavailable, cores, shares_of
 from service.graph_cache import GraphCache
 from tests.bundles import MASKS, MASKS_SEED, random_images, write_tiny_bundle
 
@@ -69,10 +69,10 @@ def test_batched_equals_unbatched(engine: Engine, bundle: Bundle) -> None:
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 3, 16])
-def test_a_batch_divided_among_threads_is_answered_as_by_one(load: Load, engine: Engine, bundle: Bundle, count: int) -> None:
+@pytest.mark.parametrize(("count", "n"), [(2, 7), (3, 7), (16, 7), (2, 41), (3, 41)])
+def test_a_divided_batch_is_answered_as_by_one_thread(load: Load, engine: Engine, bundle: Bundle, count: int, n: int) -> None:
     threads = ComputeThreads(count)
-    images = random_images(bundle.manifest.input, 7, seed=3)
+    images = random_images(bundle.manifest.input, n, seed=3)
     divided, whole = load(bundle, threads=threads).run(images), engine.run(images)
     assert divided.masks_seed == whole.masks_seed
     for column in fields(Decision):
@@ -194,6 +194,15 @@ def test_a_member_that_answers_nan_is_refused(load: Load, bundle: Bundle) -> Non
     expected = {**bundle.samples.expected, "edge": np.full((8, 10), np.nan, np.float32)}
     with pytest.raises(InvalidBundle, match="member edge, sample image 0"):
         load(replace(bundle, samples=replace(bundle.samples, expected=expected)))
+
+
+@pytest.mark.parametrize(
+    ("images", "threads", "shares"),
+    [(1, 2, 1), (2, 2, 2), (3, 16, 3), (16, 1, 1), (17, 1, 2), (32, 2, 2), (33, 2, 4), (64, 2, 4), (64, 3, 6), (4096, 2, 256)],
+)
+def test_every_thread_gets_as_many_parts_and_no_part_is_large(images: int, threads: int, shares: int) -> None:
+    assert shares_of(images, threads) == shares
+    assert images / shares <= MOST_AT_ONCE
 
 
 def test_threads_are_no_more_than_the_cores_this_process_may_use() -> None:
