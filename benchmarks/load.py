@@ -22,7 +22,7 @@ class Answer:
     """What became of one call."""
 
     code: str
-    seconds: float  # from its first byte to its end
+    seconds: float  # from the moment the call should have been made, its own lateness included, to its end
     ended: float  # time.monotonic()
 
 
@@ -60,13 +60,13 @@ class Load:
             for index, moment in enumerate(moments):
                 if (early := began + moment - time.monotonic()) > 0:
                     await asyncio.sleep(early)
-                calls.append(asyncio.create_task(self._call(stubs[index % CONNECTIONS])))
+                calls.append(asyncio.create_task(self._call(stubs[index % CONNECTIONS], began + moment)))
                 if not index % 16:  # late itself, it would never let the answers be read
                     await asyncio.sleep(0)
             return list(await asyncio.gather(*calls))
 
-    async def _call(self, stub: pb_grpc.DefenseEnsembleStub) -> Answer:
-        began, code = time.monotonic(), "OK"
+    async def _call(self, stub: pb_grpc.DefenseEnsembleStub, due: float | None = None) -> Answer:
+        began, code = time.monotonic() if due is None else due, "OK"
         try:
             await stub.Classify(self._request, timeout=self._timeout)  # type: ignore[misc]  # the stubs are typed for threads
         except grpc.aio.AioRpcError as error:
@@ -92,6 +92,12 @@ class _Stubs:
 
 def counted(answers: Sequence[Answer]) -> Counter[str]:
     return Counter(answer.code for answer in answers)
+
+
+def rate(answers: Sequence[Answer]) -> float:
+    """Calls a second; all of them must have been answered."""
+    assert set(counted(answers)) == {"OK"}, counted(answers)
+    return len(answers) / (max(answer.ended for answer in answers) - min(answer.ended - answer.seconds for answer in answers))
 
 
 def quantile(answers: Sequence[Answer], code: str, q: float) -> float:

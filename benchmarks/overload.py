@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.load import Answer, Load, counted, quantile
+from benchmarks.load import Answer, Load, counted, quantile, rate
 from benchmarks.serving import await_serving, image_shape, phalanx, provenance, random_images, read_config, request
 
 ANSWERED, REFUSED_MS = 0.8, 20.0  # the floors
@@ -36,7 +36,7 @@ def main() -> None:
         load = Load(server.address, request(random_images(given.images, image_shape(server))), given.deadline)
         load.together(given.callers, 2.0)  # warm
         seconds = max(2.0, given.seconds / 4)
-        peak = len(load.together(given.callers, seconds)) / seconds
+        peak = rate(load.together(given.callers, seconds))
         print(f"peak: {peak:.1f} calls/s, {peak * given.images:.0f} images/s ({given.callers} callers, {seconds:g} s)")
         began = time.monotonic()
         answers = load.at_rate(given.times * peak, given.seconds)

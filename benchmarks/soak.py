@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.load import Load, counted, quantile
+from benchmarks.load import Load, counted, quantile, rate
 from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request
 
 GROWTH = 0.02
@@ -37,7 +37,8 @@ def main() -> None:
         await_serving(server)
         load = Load(server.address, request(random_images(given.images, image_shape(server))))
         load.together(16, 2.0)
-        peak = len(load.together(16, 10.0)) / 10.0
+        peak = rate(load.together(16, 10.0))
+        time.sleep(1.0)  # for the connections to be closed
         before = server.open_files
         print(f"peak {peak:.1f} calls/s; {given.load * peak:.1f} calls/s are asked", flush=True)
         watch = Watch(server, given.minutes * 60)

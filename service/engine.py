@@ -29,8 +29,8 @@ Floats = NDArray[np.float32]
 Outputs = list[NDArray[Any]]  # one for every column of a decision
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Images in one run of a CPU session. More gain nothing and leave the caches: of the default bundle's graph, two threads ran 803
-# images a second in sixteens, 691 in thirty-twos and 656 in sixty-fours (python -m benchmarks.throughput).
+# Images in one run of a CPU session. Larger runs are slower: two threads computed batches of 64 of the default bundle 14% faster
+# in sixteens than in thirty-twos (docs/reports/serving-under-stress.md).
 MOST_AT_ONCE = 16
 _COLUMNS = [column.name for column in fields(Decision)]
 
@@ -108,7 +108,7 @@ class Engine:
         _self_test(self, bundle, ensemble)
 
     def run(self, images: Images, masks_seed: int | None = None, *, stop: Stop | None = None) -> Run:
-        """Classify images (n, h, w, c) in one run; the `masks_seed` of an earlier answer repeats that answer.
+        """Classify images (n, h, w, c) as one batch; the `masks_seed` of an earlier answer repeats that answer.
 
         Raises Stopped where `stop` ended it.
         """
