@@ -8,7 +8,6 @@ Counted is what came back; a crash, a status UNKNOWN or INTERNAL, or memory and 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, read_config
+from benchmarks.serving import Process, await_serving, command_line, image_shape, phalanx, provenance, read_config
 from service.pb.inference import open_inference_pb2 as inference
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
@@ -34,10 +33,9 @@ Message = tuple[str, bytes]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--messages", type=int, default=40_000, help="broken messages to a server (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, phalanx(read_config(given.config), Path(folder)) as server:
         await_serving(server)

@@ -10,7 +10,6 @@ thread and the engine all. Ends with 1 where answers differ.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from benchmarks.bare import BareGraph, bare_graph
-from benchmarks.serving import provenance, random_images, read_config
+from benchmarks.serving import command_line, provenance, random_images, read_config
 from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName
@@ -39,8 +38,7 @@ Provider = Literal["cpu", "cuda"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--provider", choices=get_args(Provider), default="cuda", help="what is compared with the CPU")
     parser.add_argument("--images", type=int, default=256, help="random images for parity (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each batch size (default: %(default)s)")
@@ -55,8 +53,7 @@ def main() -> None:
         except ProviderUnavailable as error:
             print(f"nothing is measured: {error}")
             sys.exit(0)
-        device = DeviceConfig(provider=given.provider, strict=True)
-        speed(engines.on(given.provider), bare_graph(settings, Path(folder)), device, given.seconds)
+        speed(engines.on(given.provider), bare_graph(settings, Path(folder)), only(given.provider), given.seconds)
     sys.exit(not agree)
 
 
@@ -72,8 +69,12 @@ class Engines:
         chosen = self._config.ensembles[self._name].model_copy(update={"rule": rule} if rule else {})
         ensembles: dict[str, EnsembleConfig] = {self._name: chosen}
         ensemble = compose_named(self.bundle, self._config.model_copy(update={"ensembles": ensembles}), self._name)
-        device = DeviceConfig(provider=provider, strict=True)
-        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, device, self._threads)
+        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, only(provider), self._threads)
+
+
+def only(provider: Provider) -> DeviceConfig:
+    """This device, and no other in its place."""
+    return DeviceConfig(provider=provider, strict=True)
 
 
 def parity(engines: Engines, provider: Provider, n: int) -> bool:

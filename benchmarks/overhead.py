@@ -12,7 +12,6 @@ gRPC included, takes twice the time that it takes in a loop of its own. --slice 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -24,7 +23,18 @@ from numpy.typing import NDArray
 
 from benchmarks import echo
 from benchmarks.bare import bare_graph
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request, simple
+from benchmarks.serving import (
+    Process,
+    await_serving,
+    command_line,
+    image_shape,
+    phalanx,
+    provenance,
+    random_images,
+    read_config,
+    request,
+    simple,
+)
 from service.config import ServiceConfig
 from service.engine import open_session
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
@@ -34,8 +44,7 @@ Call = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--calls", type=int, default=2000, help="calls per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slice", type=int, default=1, help="calls in a row before it is the next one's turn")

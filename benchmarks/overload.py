@@ -8,22 +8,20 @@ whether it keeps up or not, each with a deadline. Callers and server share the m
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.load import Answer, Load, counted, quantile, rate
-from benchmarks.serving import await_serving, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.serving import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
 
 ANSWERED, REFUSED_MS = 0.8, 20.0  # the floors
 EXPECTED = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=8, help="images per call (default: %(default)s)")
     parser.add_argument("--callers", type=int, default=16, help="at once, to find the peak (default: %(default)s)")
     parser.add_argument("--times", type=float, default=3.0, help="the peak (default: %(default)s)")

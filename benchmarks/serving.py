@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import socket
@@ -124,6 +125,13 @@ def await_serving(process: Process) -> None:
 def _ended(pid: int) -> bool:
     """Whether a child is a zombie by now."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark of a server: its description as it is written, and which configuration the server has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    return parser
 
 
 def read_config(file: Path | None) -> dict[str, Any]:

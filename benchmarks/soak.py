@@ -9,7 +9,6 @@ sixth, if that is less). Ends with 1 where a floor is missed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,17 @@ import time
 from pathlib import Path
 
 from benchmarks.load import Load, counted, quantile, rate
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.serving import (
+    Process,
+    await_serving,
+    command_line,
+    image_shape,
+    phalanx,
+    provenance,
+    random_images,
+    read_config,
+    request,
+)
 
 GROWTH = 0.02
 SETTLING = 300.0  # seconds in which memory may grow
@@ -26,8 +35,7 @@ SAMPLES = 360
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=4, help="images per call (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--load", type=float, default=0.7, help="share of the peak (default: %(default)s)")

@@ -9,14 +9,23 @@ image and ten of 64, and then its resident memory is read.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.serving import (
+    Process,
+    await_serving,
+    command_line,
+    image_shape,
+    phalanx,
+    provenance,
+    random_images,
+    read_config,
+    request,
+)
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 FOUR: dict[str, Any] = {
@@ -29,8 +38,7 @@ SINGLE_CALLS, BATCHES, BATCH = 1000, 10, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--starts", type=int, default=5, help="starts that are timed, after the first")
     given = parser.parse_args()
     config = read_config(given.config)

@@ -10,7 +10,6 @@ the machine with it. The floor is taken again before each round. Ends with 1 whe
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import onnxruntime as ort
 
 from benchmarks.bare import bare_graph
 from benchmarks.load import Load, quantile, rate
-from benchmarks.serving import await_serving, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.serving import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
 from service.config import ServiceConfig
 from service.engine import CPU, cores, open_session
 
@@ -39,8 +38,7 @@ ASKED = (  # images per call, callers at once, share of the floor at least
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a server's configuration; default: the bundle that ships with Phalanx")
+    parser = command_line(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each figure of each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
