@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks import echo
-from benchmarks.serving import provenance, random_images, request, simple
+from benchmarks.processes import provenance, random_images, request, simple
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
 KINDS: dict[str, Sequence[str]] = {"threads": (), "asyncio": ("--asyncio",)}

@@ -21,7 +21,7 @@ import grpc
 import numpy as np
 from PIL import Image
 
-from benchmarks.serving import Process, await_serving, command_line, image_shape, phalanx, provenance, read_config
+from benchmarks.processes import Process, await_serving, command_line, image_shape, phalanx, provenance, read_config
 from service.pb.inference import open_inference_pb2 as inference
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 

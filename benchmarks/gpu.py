@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from benchmarks.bare import BareGraph, bare_graph
-from benchmarks.serving import command_line, provenance, random_images, read_config
+from benchmarks.processes import command_line, provenance, random_images, read_config
 from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks import echo
 from benchmarks.bare import bare_graph
-from benchmarks.serving import (
+from benchmarks.processes import (
     Process,
     await_serving,
     command_line,

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.load import Answer, Load, counted, quantile, rate
-from benchmarks.serving import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.processes import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
 
 ANSWERED, REFUSED_MS = 0.8, 20.0  # the floors
 EXPECTED = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}

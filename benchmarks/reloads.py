@@ -23,7 +23,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from benchmarks.serving import REPOSITORY, await_serving, free_port, phalanx, provenance, random_images, request
+from benchmarks.processes import REPOSITORY, await_serving, free_port, phalanx, provenance, random_images, request
 from models.bundle import read_bundle, read_manifest, write_bundle
 from service.access import token_digest
 from service.connect import with_token

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.load import Load, counted, quantile, rate
-from benchmarks.serving import (
+from benchmarks.processes import (
     Process,
     await_serving,
     command_line,

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import (
+from benchmarks.processes import (
     Process,
     await_serving,
     command_line,

@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from benchmarks.bare import bare_graph
 from benchmarks.load import Load, quantile, rate
-from benchmarks.serving import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.processes import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
 from service.config import ServiceConfig
 from service.engine import CPU, cores, open_session
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.load import Answer, Load, counted, quantile, rate
 from benchmarks.overload import EXPECTED, report
-from benchmarks.serving import Process, await_serving, image_shape, phalanx, random_images, request
+from benchmarks.processes import Process, await_serving, image_shape, phalanx, random_images, request
 from benchmarks.soak import Watch
 
 QUEUE = 256
