@@ -1,40 +1,56 @@
-"""The CPU time that a gRPC call costs a server of threads and one of asyncio, when all they do is to send it back.
+"""A server of threads and one of asyncio: what a call costs that is only sent back, and how each does with the real batcher.
 
-python -m benchmarks.front_end
+    python -m benchmarks.front_end
+
+The first table is CPU time of the server's process per call, one caller. The second: single images, several callers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Sequence
 
-from benchmarks import echo
+from benchmarks import batched, echo
+from benchmarks.load import Load, quantile, rate
 from benchmarks.processes import provenance, random_images, request, simple
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
 KINDS: dict[str, Sequence[str]] = {"threads": (), "asyncio": ("--asyncio",)}
 WARM_UP = 300
+CALLERS = (1, 16, 64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=2000, help="calls per round, one after the other")
+    parser.add_argument("--calls", type=int, default=2000, help="to be sent back per round (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each number of callers per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    print(f"{given.rounds} rounds of {given.calls} calls, one 64x64x3 image of raw pixels each, seed 0; {provenance()}")
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    print(f"{given.rounds} rounds, one 64x64x3 image of raw pixels a call, seed 0; {provenance()}")
+    sent_back: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(given.rounds):
         for kind, arguments in KINDS.items():
-            found[kind].append(microseconds(arguments, given.calls))
-    for kind, values in found.items():
-        print(f"{kind:>8}: {statistics.mean(values):.0f} +- {statistics.stdev(values):.0f} us of CPU per call")
+            sent_back[kind].append(microseconds(arguments, given.calls))
+    print(f"sent back, {given.calls} calls a round: us of CPU per call")
+    for kind, values in sent_back.items():
+        print(f"  {kind:>8}: {spread(values)}")
+    print("classified: calls/s; p99 in ms; ms of CPU per call")
+    found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(given.rounds):
+            for kind, arguments in KINDS.items():
+                for callers, figures in classified([cache, *arguments], given.seconds).items():
+                    found.setdefault((callers, kind), []).append(figures)
+    for (callers, kind), rounds in sorted(found.items()):
+        print(f"  {callers:>2} callers, {kind:>8}: {'; '.join(spread(values) for values in zip(*rounds, strict=True))}")
 
 
 def microseconds(arguments: Sequence[str], calls: int) -> float:
-    """CPU time per call of a server started for this."""
+    """CPU time per call of an echo server started for this."""
     message = request(random_images(1, (64, 64, 3)))
-    with simple("benchmarks.echo", *arguments) as server, server.channel() as channel:
+    with simple(echo.__name__, *arguments) as server, server.channel() as channel:
         bounce = channel.unary_unary(echo.METHOD, pb.ClassifyRequest.SerializeToString, pb.ClassifyRequest.FromString)
         for _ in range(WARM_UP):
             bounce(message, wait_for_ready=True)
@@ -42,6 +58,24 @@ def microseconds(arguments: Sequence[str], calls: int) -> float:
         for _ in range(calls):
             bounce(message)
         return (server.cpu_seconds - before) / calls * 1e6
+
+
+def classified(arguments: Sequence[str], seconds: float) -> dict[int, tuple[float, float, float]]:
+    """By callers: calls a second, p99 in milliseconds, milliseconds of the server's CPU per call."""
+    found = {}
+    with simple(batched.__name__, *arguments) as server:
+        load = Load(server.address, request(random_images(1, (64, 64, 3))), timeout=60.0)
+        load.together(16, 1.0)
+        for callers in CALLERS:
+            before = server.cpu_seconds
+            answers = load.together(callers, seconds)
+            spent = (server.cpu_seconds - before) * 1000 / len(answers)
+            found[callers] = rate(answers), quantile(answers, "OK", 0.99), spent
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":

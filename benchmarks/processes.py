@@ -122,6 +122,14 @@ def await_serving(process: Process) -> None:
     raise TimeoutError(f"not SERVING on {process.address} after {START_SECONDS:g} s")
 
 
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a server that has several, in the order of their starts."""
+    children: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():  # each lists those that it started
+        children += map(int, (thread / "children").read_text().split())
+    return sorted(child for child in children if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
 def _ended(pid: int) -> bool:
     """Whether a child is a zombie by now."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

@@ -71,13 +71,11 @@ class Batcher:
         self._last_requests, self._last_end = 0, 0.0  # answered by the last run or waiting at its end; when that was
         self._disappointments, self._impatient = 0, 0  # waits in vain in a row; runs not to wait before, on that account
         self._turn = threading.Lock()  # held by whoever computes
-        metrics.watch_queue(lambda: self._waiting.total)
         self._thread = threading.Thread(target=self._serve, name=f"batcher-{name}", daemon=True)
         self._thread.start()
 
-    @property
     def depth(self) -> int:
-        """Images waiting for a run."""
+        """Images that wait for a run."""
         return self._waiting.total
 
     def submit(self, images: Images, deadline: float | None = None, caller: str = "") -> Future[Result]:

@@ -55,6 +55,7 @@ a configuration (every key has a default; paths are relative to the file):
   decision: {review_rate: 0.05, reject_rate: 0.01}
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
   device: {provider: auto, strict: false}
+  workers: 1                     # processes that share the port (Linux)
   limits: {disclosure: evidence} # or label, verdict, probabilities
   signature: {public_key: FILE}  # serve nothing else than `phalanx sign` signed
   admin: 127.0.0.1:50052         # reload, add and remove ensembles; off without it
@@ -94,6 +95,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="FOLDER", help="the bundle to serve")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where gRPC listens; port 0 takes a free one")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus scrapes, or `off`")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the port (1)")
     parser.add_argument("--check", action="store_true", help="check the configuration against the bundle, and stop")
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
 
@@ -101,7 +103,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_serve(args: argparse.Namespace) -> int:
     from service.config import InvalidConfig, load_config
 
-    overrides = {"bundle": args.bundle, "listen": args.listen, "metrics": args.metrics}
+    overrides = {"bundle": args.bundle, "listen": args.listen, "metrics": args.metrics, "workers": args.workers}
     try:
         config = load_config(args.config, overrides=overrides)
     except InvalidConfig as error:
@@ -115,11 +117,13 @@ def _run_serve(args: argparse.Namespace) -> int:
     from models.bundle import InvalidBundle
     from models.composition import InvalidEnsemble
     from service.engine import ProviderUnavailable
-    from service.server import CannotListen, serve
+    from service.serve import serve
+    from service.server import CannotListen
+    from service.workers.supervisor import WorkerFailed
 
     try:
         serve(config, lambda: load_config(args.config, overrides=overrides))
-    except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable) as error:
+    except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable, WorkerFailed) as error:
         return _refused("serve", error)
     return 0
 

@@ -244,6 +244,7 @@ class ServiceConfig(_Section):
     signature: SignatureConfig | None = None  # None: whoever can write the folder is trusted
     listen: Annotated[Address, BeforeValidator(_address)] = Address("127.0.0.1", 50051)
     metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
+    workers: int = Field(1, ge=1, le=256)  # processes that share the port; limits and quotas are each one's own
     insecure: bool = False
     tls: TlsConfig | None = None
     admin: Annotated[Address | None, BeforeValidator(_switched_off)] = None  # None: no admin port; reload by SIGHUP

@@ -34,6 +34,7 @@ class LoadedEnsemble:
     engine: Engine
     batcher: Batcher
     metrics: EnsembleMetrics
+    facts: EnsembleFacts
 
 
 class Ensembles(Mapping[str, LoadedEnsemble]):
@@ -58,6 +59,12 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
     def __len__(self) -> int:
         return len(self._loaded)
 
+    def announce(self, metrics: Metrics) -> None:
+        """From now on these are watched, in the place of what went by their names."""
+        metrics.offer_bundle(self.bundle.manifest.name, self.bundle.manifest.version)
+        for each in self.values():
+            metrics.offer(each.name, each.metrics, each.facts, each.batcher.depth)
+
     def drain(self, timeout: float | None = None) -> bool:
         """Finish what every queue holds and take no more; False where `timeout` seconds in all were too few."""
         end = None if timeout is None else time.monotonic() + timeout
@@ -80,7 +87,7 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
 
 
 def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | None = None) -> Ensembles:
-    """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable."""
+    """Load and test all, or raise InvalidBundle, InvalidEnsemble or ProviderUnavailable; what is served is as before."""
     if config.signature is not None:
         cache = GraphCache(None)  # a graph kept on disk is nobody's signed word
     elif cache is None:
@@ -101,7 +108,6 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
             each.batcher.drain(0.0)
         threads.close()
         raise
-    metrics.describe_bundle(bundle.manifest.name, bundle.manifest.version)
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
     return Ensembles(bundle, card, loaded, threads)
@@ -148,8 +154,7 @@ def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: M
     voters, detectors = [voter.name for voter in ensemble.voters], [detector.name for detector in ensemble.detectors]
     own = metrics.ensemble(ensemble.name, voters, detectors)
     facts = EnsembleFacts(engine.provider, engine.fallback, ensemble.review_rate, ensemble.reject_rate, config.batching.max_queue)
-    metrics.describe_ensemble(ensemble.name, facts)
-    return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own)
+    return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own, facts)
 
 
 def give_back_memory() -> None:

@@ -27,14 +27,19 @@ QUIET = Verdict.CLEAN, Verdict.UNSCREENED
 requests = logging.getLogger("service.requests")
 
 
-def configure(config: LoggingConfig, verbose: bool = False, stream: TextIO = sys.stderr) -> None:
-    """Send all that is logged to `stream`: for people where it is a terminal, as JSON elsewhere, unless told otherwise."""
+def configure(config: LoggingConfig, verbose: bool = False, stream: TextIO = sys.stderr, worker: int | None = None) -> None:
+    """Send all that is logged to `stream`: for people where it is a terminal, as JSON elsewhere, unless told otherwise.
+
+    `worker` is the number of this process among several, which then is in every line.
+    """
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    if worker is not None:
+        shared.append(lambda _, __, event: {**event, "worker": worker})
     console = config.format == "console" or (config.format == "auto" and stream.isatty())
     renderers: list[Any] = (
         [structlog.dev.ConsoleRenderer(colors=stream.isatty())]

@@ -126,11 +126,14 @@ class Metrics:
         self.registry.register(self._answers)
 
     def ensemble(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> EnsembleMetrics:
-        """The part of the ensemble `name`; voters and detectors in the order of the decision's columns."""
-        tally = self._answers.add(name, voters, detectors)
+        """The part of the ensemble `name`; voters and detectors in the order of the decision's columns.
+
+        Of a name that is served already, what is told stays as it is until `offer`.
+        """
+        tally = self._answers.find(name, voters, detectors)
         stages = {stage: self._stage.labels(name, stage) for stage in ("decode", "queue", "compute", "encode")}
         closed = {reason: self._closed.labels(name, reason) for reason in Closed}
-        return EnsembleMetrics(tally, stages, self._batch.labels(name), self._depth.labels(name), closed)
+        return EnsembleMetrics(tally, stages, self._batch.labels(name), closed)
 
     def forget(self, name: str) -> None:
         """An ensemble that is served no more: what it was is no more told, what it did stays counted."""
@@ -161,12 +164,17 @@ class Metrics:
     def image_errors(self, ensemble: str, code: str, images: int = 1) -> None:
         self._image_errors.labels(ensemble, code).inc(images)
 
-    def describe_bundle(self, name: str, version: str) -> None:
-        self._bundle.clear()  # a new bundle takes the old one's place
+    def offer_bundle(self, name: str, version: str) -> None:
+        """A new bundle takes the old one's place."""
+        self._bundle.clear()
         self._bundle.labels(name, version).set(1)
 
-    def describe_ensemble(self, name: str, facts: EnsembleFacts) -> None:
-        """What is promised of an ensemble, and what it runs on; takes the place of what was told of that name before."""
+    def offer(self, name: str, own: EnsembleMetrics, facts: EnsembleFacts, waiting: Callable[[], float]) -> None:
+        """An ensemble is served now: `own` takes the place of what was told of that name before. `waiting`, images, is asked
+        by a scrape, so that a request pays nothing for it.
+        """
+        self._answers.put(name, own.tally)
+        self._depth.labels(name).set_function(waiting)
         previous = self._providers.get(name)
         if previous is not None and previous != facts.provider:
             self._provider.remove(name, previous)
@@ -202,20 +210,14 @@ class CallMetrics:
 class EnsembleMetrics:
     """What one ensemble's codec and batcher report."""
 
-    __slots__ = ("_batch", "_closed", "_depth", "_tally", "compute", "decode", "encode", "queue")
+    __slots__ = ("_batch", "_closed", "compute", "decode", "encode", "queue", "tally")
 
-    def __init__(
-        self, tally: _Tally, stages: dict[str, Histogram], batch: Histogram, depth: Gauge, closed: dict[Closed, Counter]
-    ) -> None:
-        self._tally, self._batch, self._depth, self._closed = tally, batch, depth, closed
+    def __init__(self, tally: Tally, stages: dict[str, Histogram], batch: Histogram, closed: dict[Closed, Counter]) -> None:
+        self.tally, self._batch, self._closed = tally, batch, closed
         self.decode: Callable[[float], None] = stages["decode"].observe
         self.queue: Callable[[float], None] = stages["queue"].observe
         self.compute: Callable[[float], None] = stages["compute"].observe
         self.encode: Callable[[float], None] = stages["encode"].observe
-
-    def watch_queue(self, images: Callable[[], float]) -> None:
-        """The queue's depth is asked for by a scrape, so that a request pays nothing for it."""
-        self._depth.set_function(images)
 
     def closed(self, reason: Closed) -> None:
         """A batch was taken from the queue."""
@@ -224,10 +226,10 @@ class EnsembleMetrics:
     def run(self, decision: Decision) -> None:
         """One run's answers."""
         self._batch.observe(len(decision.label))
-        self._tally.put(decision)
+        self.tally.put(decision)
 
 
-class _Tally:
+class Tally:
     """Counts of one ensemble's answers. K classes, M voters, D detectors; the combined p-value is detector D + 1."""
 
     def __init__(self, voters: Sequence[str], detectors: Sequence[str]) -> None:
@@ -279,16 +281,16 @@ class _Answers(Collector):
     """Verdicts, dissent and p-values of every ensemble, written out when a scrape asks."""
 
     def __init__(self) -> None:
-        self._tallies: dict[str, _Tally] = {}
+        self._tallies: dict[str, Tally] = {}
 
-    def add(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> _Tally:
-        # Replaces the tally of a name served before if its members are others now: to Prometheus, a counter reset.
-        tally = _Tally(voters, detectors)
-        before = self._tallies.get(name)
-        if before is not None and (before.voters, before.detectors) == (tally.voters, tally.detectors):
-            return before
+    def find(self, name: str, voters: Sequence[str], detectors: Sequence[str]) -> Tally:
+        """The one that goes by this name, or a new one if it has other members: to Prometheus, a counter reset."""
+        tally, before = Tally(voters, detectors), self._tallies.get(name)
+        same = before is not None and (before.voters, before.detectors) == (tally.voters, tally.detectors)
+        return before if before is not None and same else tally
+
+    def put(self, name: str, tally: Tally) -> None:
         self._tallies = self._tallies | {name: tally}
-        return tally
 
     def collect(self) -> Iterator[Metric]:
         images = CounterMetricFamily(

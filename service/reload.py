@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -28,11 +29,17 @@ from service.servicers.health import Health
 
 log = logging.getLogger(__name__)
 
-# What a port, a pool of threads or a connection was made with.
-AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown")
+# What a port, a process, a pool of threads or a connection was made with.
+AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown", "workers")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
-FORESEEN = (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, ValidationError, OSError)
+
+
+class Refused(Exception):
+    """Somebody who was asked to offer something else cannot; says why, and names no folder."""
+
+
+FORESEEN = (InvalidBundle, InvalidConfig, InvalidEnsemble, ProviderUnavailable, Refused, ValidationError, OSError)
 
 
 class ReloadFailed(Unfulfilled):
@@ -40,72 +47,121 @@ class ReloadFailed(Unfulfilled):
 
 
 @dataclass(frozen=True, slots=True)
+class Offered:
+    """What is on offer."""
+
+    ensembles: tuple[str, ...]
+    bundle: str
+    bundle_version: str
+
+    @classmethod
+    def of(cls, catalogue: Catalogue) -> Offered:
+        manifest = catalogue.ensembles.bundle.manifest
+        return cls(tuple(catalogue.served), manifest.name, manifest.version)
+
+
+@dataclass(frozen=True, slots=True)
 class Reloaded:
     """What is on offer now, and the seconds it took."""
 
-    catalogue: Catalogue
+    offered: Offered
     seconds: float
 
 
-class Reloader:
-    """One per server; one change at a time."""
-
-    def __init__(self, gate: Gate, health: Health, cache: GraphCache | None, read: Callable[[], ServiceConfig]) -> None:
-        self._gate, self._health, self._cache, self._read_config = gate, health, cache, read
-        self._lock = threading.Lock()
-        self._draining: set[threading.Thread] = set()
+class Changes(Protocol):
+    """What an operator may wish; `who` does. Each raises ReloadFailed, and all is as before."""
 
     def reload(self, who: str) -> Reloaded:
         """Read the configuration again, and offer what it says."""
-        return self._change("reload", who, self._read_config)
 
     def add(self, who: str, name: str, choice: str) -> Reloaded:
         """Offer one more ensemble; `choice` is YAML, as under `ensembles.NAME`."""
-        return self._change(f"add ensemble {name}", who, lambda: with_ensembles(self._config, {name: choice}))
 
     def remove(self, who: str, name: str) -> Reloaded:
         """Offer one ensemble less."""
-        return self._change(f"remove ensemble {name}", who, lambda: with_ensembles(self._config, {name: None}))
 
-    def finish(self, timeout: float) -> None:
-        """Wait for what was replaced to answer its last calls."""
-        end = time.monotonic() + timeout
-        for thread in tuple(self._draining):
-            thread.join(max(0.0, end - time.monotonic()))
+
+class Offer(Protocol):
+    """What a reload changes: what one process offers, or several do together."""
 
     @property
-    def _config(self) -> ServiceConfig:
-        return self._gate.catalogue.config
+    def config(self) -> ServiceConfig:
+        """By which it is made."""
+
+    def replace(self, config: ServiceConfig) -> Offered:
+        """Offer what this configuration says; raises one of FORESEEN, and what was offered goes on."""
+
+    def count(self, outcome: str) -> None:
+        """`ok` or `failed`, for those who watch."""
+
+
+class Reloader:
+    """`Changes` of an offer, one at a time, each with a line in the log."""
+
+    def __init__(self, offer: Offer, read: Callable[[], ServiceConfig]) -> None:
+        self._offer, self._read = offer, read
+        self._lock = threading.Lock()
+
+    def reload(self, who: str) -> Reloaded:
+        return self._change("reload", who, self._read)
+
+    def add(self, who: str, name: str, choice: str) -> Reloaded:
+        return self._change(f"add ensemble {name}", who, lambda: with_ensembles(self._offer.config, {name: choice}))
+
+    def remove(self, who: str, name: str) -> Reloaded:
+        return self._change(f"remove ensemble {name}", who, lambda: with_ensembles(self._offer.config, {name: None}))
 
     def _change(self, what: str, who: str, read: Callable[[], ServiceConfig]) -> Reloaded:
         began = time.monotonic()
         with self._lock:
             try:
-                if not self._gate.ready:
-                    raise InvalidConfig("this server is shutting down")
-                catalogue = self._load(read())
+                config = read()
+                _refuse_what_needs_a_start(self._offer.config, config)
+                offered = self._offer.replace(config)
             except Exception as error:  # whatever it is, the old one goes on
-                self._gate.metrics.reloads("failed")
-                foreseen = isinstance(error, FORESEEN)
+                self._offer.count("failed")
                 said = "audit: %s by %s failed, what was served before goes on: %s"
-                log.error(said, what, who, error, extra={"audit": what, "caller": who, "outcome": "failed"}, exc_info=not foreseen)
-                raise ReloadFailed(FOLDERS.sub("", str(error)) if foreseen else "internal error; the log has it") from error
-            self._offer(catalogue)
+                fields = {"audit": what, "caller": who, "outcome": "failed"}
+                log.error(said, what, who, error, extra=fields, exc_info=not isinstance(error, FORESEEN))
+                raise ReloadFailed(told(error)) from error
         seconds = time.monotonic() - began
-        self._gate.metrics.reloads("ok")
-        manifest = catalogue.ensembles.bundle.manifest
-        names = ", ".join(catalogue.served)
-        told = what, who, names, manifest.name, manifest.version, seconds
-        fields = {"audit": what, "caller": who, "outcome": "ok", "bundle_version": manifest.version}
-        log.info("audit: %s by %s: %s over %s %s in %.2f s", *told, extra=fields)
-        return Reloaded(catalogue, seconds)
+        self._offer.count("ok")
+        names = ", ".join(offered.ensembles)
+        fields = {"audit": what, "caller": who, "outcome": "ok", "bundle_version": offered.bundle_version}
+        said = "audit: %s by %s: %s over %s %s in %.2f s"
+        log.info(said, what, who, names, offered.bundle, offered.bundle_version, seconds, extra=fields)
+        return Reloaded(offered, seconds)
 
-    def _load(self, config: ServiceConfig) -> Catalogue:
-        _refuse_what_needs_a_start(self._config, config)
+
+class CatalogueOffer:
+    """What this process offers."""
+
+    def __init__(self, gate: Gate, health: Health, cache: GraphCache | None) -> None:
+        self._gate, self._health, self._cache = gate, health, cache
+        self._draining: set[threading.Thread] = set()
+
+    @property
+    def config(self) -> ServiceConfig:
+        return self._gate.catalogue.config
+
+    def replace(self, config: ServiceConfig) -> Offered:
+        catalogue = self.load(config)
+        self.take(catalogue)
+        return Offered.of(catalogue)
+
+    def count(self, outcome: str) -> None:
+        self._gate.metrics.reloads(outcome)
+
+    def load(self, config: ServiceConfig) -> Catalogue:
+        """Another catalogue, tested and warm, that nobody is offered yet; raises one of FORESEEN."""
+        if not self._gate.ready:
+            raise InvalidConfig("this server is shutting down")
         return Catalogue(config, load_ensembles(config, self._gate.metrics, self._cache))
 
-    def _offer(self, catalogue: Catalogue) -> None:
+    def take(self, catalogue: Catalogue) -> None:
+        """Offer it in the place of what is offered, which answers its last calls and is closed."""
         before = self._gate.swap(catalogue)
+        catalogue.ensembles.announce(self._gate.metrics)
         self._health.offer(catalogue.served)
         for name in before.served.keys() - catalogue.served.keys():
             self._gate.metrics.forget(name)
@@ -118,6 +174,17 @@ class Reloader:
         thread = threading.Thread(target=drain, name="drain-replaced", daemon=True)
         self._draining.add(thread)
         thread.start()
+
+    def finish(self, timeout: float) -> None:
+        """Wait for what was replaced to answer its last calls."""
+        end = time.monotonic() + timeout
+        for thread in tuple(self._draining):
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+def told(error: Exception) -> str:
+    """What an operator far away learns of an error: no folders, and nothing of what nobody foresaw."""
+    return FOLDERS.sub("", str(error)) if isinstance(error, FORESEEN) else "internal error; the log has it"
 
 
 def _refuse_what_needs_a_start(before: ServiceConfig, after: ServiceConfig) -> None:

@@ -1,4 +1,4 @@
-"""From a configuration to a server that answers, and from SIGTERM to one that has answered everybody.
+"""From a configuration to a server that answers, and back to none without leaving anybody unanswered.
 
 The thread-pool server of grpcio, not its asyncio one (docs/decisions/threads-not-asyncio.md).  A thread answers one
 call from its first to its last byte, and waits for the batcher in between.
@@ -6,16 +6,12 @@ call from its first to its last byte, and waits for the batcher in between.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
-import signal
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from enum import Enum, auto
 from typing import Self, cast
 
 import grpc
@@ -28,7 +24,7 @@ from service.metrics import Metrics
 from service.metrics_port import MetricsPort
 from service.pb.inference import open_inference_pb2_grpc
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
-from service.reload import Reloaded, Reloader, ReloadFailed
+from service.reload import CatalogueOffer, Changes, Reloaded, Reloader
 from service.servicers.admin import AdminServicer
 from service.servicers.catalogue import Catalogue
 from service.servicers.gate import Gate
@@ -53,41 +49,59 @@ class Server:
     """Loaded and answering once it is constructed; `drain` ends it."""
 
     def __init__(
-        self, config: ServiceConfig, cache: GraphCache | None = None, read_again: Callable[[], ServiceConfig] | None = None
+        self,
+        config: ServiceConfig,
+        cache: GraphCache | None = None,
+        read_again: Callable[[], ServiceConfig] | None = None,
+        *,
+        together: Changes | None = None,
     ) -> None:
-        """`read_again` is where a reload gets its configuration from; without it, it is this one, and the bundle is read again."""
+        """`read_again` is where a reload gets its configuration from; without it, it is this one, and the bundle is read again.
+
+        `together`: this server is one of several on one port, and what an operator wishes concerns them all.
+        """
         self._config, self.metrics = config, Metrics()
         ProcessCollector(registry=self.metrics.registry)
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
-        self._server = grpc.server(self._pool, options=_options(config))
+        self._server = grpc.server(self._pool, options=_options(config, share_port=together is not None))
         self._ended = ExitStack()  # what must be undone, last first
         with ExitStack() as started:
             started.callback(self._pool.shutdown)
             started.callback(lambda: self._server.stop(None).wait())
-            # before loading: a busy port need not wait for the models
-            self.address = _listen(self._server, "listen", config.listen, config.tls, self.metrics)
+            if together is None:  # before loading: a busy port need not wait for the models
+                self.address = listen(self._server, "listen", config.listen, config.tls, self.metrics)
             self._admin, self.admin_address = self._open_admin(started)
             self.metrics_address = self._serve_metrics(started)
             ensembles = load_ensembles(config, self.metrics, cache)
+            ensembles.announce(self.metrics)
             self._gate = Gate(Catalogue(config, ensembles), self.metrics)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
             self._health = self._add_servicers()
-            self._reloader = Reloader(self._gate, self._health, cache, read_again or (lambda: config))
+            self.offer = CatalogueOffer(self._gate, self._health, cache)
+            self._changes = together or Reloader(self.offer, read_again or (lambda: config))
+            if together is not None:  # after loading: until it is ready, the others get the calls
+                self.address = listen(self._server, "listen", config.listen, config.tls, self.metrics)
             self._server.start()
             if self._admin is not None:
                 self._start_admin(self._admin)
             self._ended = started.pop_all()
         names = ", ".join(self.ensembles)
         others = self.metrics_address or "no port", self.admin_address or "no port"
-        log.info("SERVING %s on %s; metrics on %s, admin on %s", names, self.address, *others)
+        level = logging.INFO if together is None else logging.DEBUG
+        log.log(level, "SERVING %s on %s; metrics on %s, admin on %s", names, self.address, *others)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What is on offer now."""
+        return self._gate.catalogue
 
     @property
     def ensembles(self) -> tuple[str, ...]:
-        return tuple(self._gate.catalogue.served)
+        return tuple(self.catalogue.served)
 
     def reload(self, who: str) -> Reloaded:
         """Offer what the configuration says now; raises ReloadFailed, and all is as before."""
-        return self._reloader.reload(who)
+        return self._changes.reload(who)
 
     def drain(self) -> None:
         """NOT_SERVING first, still answering; then no new call; then wait for those accepted; then stop."""
@@ -107,7 +121,7 @@ class Server:
         stopped = self._server.stop(shutdown.drain_seconds)  # refuses new calls at once, cancels what is left at the end
         self._health.end_watches()
         stopped.wait()
-        self._reloader.finish(max(0.0, end - time.monotonic()))
+        self.offer.finish(max(0.0, end - time.monotonic()))
         if not self._gate.catalogue.ensembles.drain(max(0.0, end - time.monotonic())):
             log.warning("some work was not finished within %g s", shutdown.drain_seconds)
         self._ended.close()
@@ -131,11 +145,11 @@ class Server:
         started.callback(pool.shutdown)
         server = grpc.server(pool, options=_options(self._config))
         started.callback(lambda: server.stop(None).wait())
-        return server, _listen(server, "admin", wanted, self._config.tls, self.metrics)
+        return server, listen(server, "admin", wanted, self._config.tls, self.metrics)
 
     def _start_admin(self, server: grpc.Server) -> None:
         registrar = cast(grpc.Server, Registrar(server, self._gate))
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(self._gate, self._reloader), registrar)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(self._gate, self._changes), registrar)
         server.start()
 
     def _serve_metrics(self, started: ExitStack) -> Address | None:
@@ -157,38 +171,9 @@ class Server:
         self.drain()
 
 
-def serve(config: ServiceConfig, read_again: Callable[[], ServiceConfig] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends the process the hard way. SIGHUP reloads."""
-    wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
-
-    def end(*_: object) -> None:
-        for number in ends:
-            signal.signal(number, signal.SIG_DFL)
-        wishes.put(Wish.END)
-
-    ends = (signal.SIGTERM, signal.SIGINT)
-    handlers: dict[signal.Signals, Callable[..., object]] = dict.fromkeys(ends, end)
-    if hasattr(signal, "SIGHUP"):
-        handlers[signal.SIGHUP] = lambda *_: wishes.put(Wish.RELOAD)
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        with Server(config, read_again=read_again) as server:
-            while wishes.get() is Wish.RELOAD:
-                with contextlib.suppress(ReloadFailed):  # the log says why
-                    server.reload("SIGHUP")
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class Wish(Enum):
-    RELOAD = auto()
-    END = auto()
-
-
-def _options(config: ServiceConfig) -> list[tuple[str, int]]:
+def _options(config: ServiceConfig, share_port: bool = False) -> list[tuple[str, int]]:
     options = [
-        ("grpc.so_reuseport", 0),  # else a second server on a busy port would start, and get half of the calls
+        ("grpc.so_reuseport", int(share_port)),  # else a second server on a busy port would start, and get half of the calls
         ("grpc.max_receive_message_length", config.limits.max_message_bytes),
         ("grpc.max_send_message_length", -1),
         # a peer that vanished without a word keeps its streams' places no longer than this
@@ -204,8 +189,8 @@ def _options(config: ServiceConfig) -> list[tuple[str, int]]:
     return options
 
 
-def _listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | None, metrics: Metrics) -> Address:
-    address = str(_resolved(key, wanted))
+def listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | None, metrics: Metrics) -> Address:
+    address = str(resolved(key, wanted))
     credentials = _credentials(tls, metrics) if tls else None
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -214,7 +199,7 @@ def _listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | Non
     return Address(wanted.host, port)
 
 
-def _resolved(key: str, address: Address) -> Address:
+def resolved(key: str, address: Address) -> Address:
     """A name's first address, of IPv4 if it has one: gRPC is content with any of several, so that a busy one goes unnoticed."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)

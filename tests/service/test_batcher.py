@@ -22,7 +22,7 @@ from service.batcher import Batcher, DeadlineExceeded, Draining, QueueFull, Resu
 from service.config import BatchingConfig, DeviceConfig
 from service.engine import ComputeThreads, Engine, Images, Run, Stop, Stopped
 from service.graph import build_graph
-from service.metrics import Closed, Metrics
+from service.metrics import Closed, EnsembleFacts, Metrics
 from tests.bundles import random_images, write_tiny_bundle
 
 SECONDS = 20  # how long a test waits for what must happen
@@ -113,8 +113,10 @@ def alone(real: Engine, images: Images) -> list[Decision]:
 def batcher(
     engine: GatedEngine, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic, **limits: Any
 ) -> Iterator[Batcher]:
-    own = (metrics or Metrics()).ensemble("full", ["metric", "edge", "adversarial", "bayesian"], ["a", "b", "c", "d", "e"])
+    metrics = metrics or Metrics()
+    own = metrics.ensemble("full", ["metric", "edge", "adversarial", "bayesian"], ["a", "b", "c", "d", "e"])
     made = Batcher(engine, BatchingConfig.model_validate({"max_delay_ms": 0} | limits), own, "full", clock)
+    metrics.offer("full", own, EnsembleFacts("CPUExecutionProvider", False, 0.05, 0.01, 1024), made.depth)
     try:
         yield made
     finally:
@@ -176,7 +178,7 @@ def test_only_what_is_still_wanted_is_computed(
             else:
                 with pytest.raises(CancelledError if fate == "cancelled" else DeadlineExceeded, match=r"passed|^$"):
                     future.result(SECONDS)
-        assert queue.depth == 0
+        assert queue.depth() == 0
     assert sum(engine.runs) == 1 + size * fates.count("wanted")
 
 
@@ -321,7 +323,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine: GatedEn
             queue.submit(images[:1])
             engine.await_run()
             waiting = [queue.submit(images[:2]), queue.submit(images[:2])]
-            assert queue.depth == 4
+            assert queue.depth() == 4
             with pytest.raises(QueueFull, match="holds 4 of at most 4 images and has no room for 1 more") as refused:
                 queue.submit(images[:1])
             assert 0 < refused.value.retry_seconds < 60
@@ -361,7 +363,7 @@ def test_what_is_left_of_a_large_request_is_not_computed_when_it_is_cancelled(en
             engine.await_run()
             assert large.cancel()
         queue.submit(images[:1]).result(SECONDS)
-        assert queue.depth == 0
+        assert queue.depth() == 0
     assert engine.runs == [8, 1]
 
 
@@ -378,7 +380,7 @@ def test_an_engine_that_fails_fails_its_own_batch_only(
                 future.result(SECONDS)
         engine.error = None
         assert_same(queue.submit(images[:2]).result(SECONDS), alone[:2])
-        assert queue.depth == 0
+        assert queue.depth() == 0
     assert "a run of" in caplog.text
 
 
@@ -580,11 +582,11 @@ def test_what_is_given_up_leaves_its_place_at_once(engine: GatedEngine, images: 
         with pytest.raises(QueueFull):
             queue.submit(images[:1])
         waiting[0].cancel()
-        assert queue.depth == 2
+        assert queue.depth() == 2
         again = queue.submit(images[:2])
         engine.gate.set()
         assert len(again.result(SECONDS).decision.label) == 2
-        assert queue.depth == 0
+        assert queue.depth() == 0
 
 
 def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, images: Images) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -49,8 +50,13 @@ def two_answers() -> Decision:
     )
 
 
-def full(metrics: Metrics) -> EnsembleMetrics:
-    return metrics.ensemble("full", ["metric", "edge"], ["distance", "disagreement"])
+FACTS = EnsembleFacts("CPUExecutionProvider", True, 0.05, 0.01, 1024)
+
+
+def full(metrics: Metrics, facts: EnsembleFacts = FACTS, waiting: Callable[[], float] = lambda: 0) -> EnsembleMetrics:
+    own = metrics.ensemble("full", ["metric", "edge"], ["distance", "disagreement"])
+    metrics.offer("full", own, facts, waiting)
+    return own
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -158,7 +164,7 @@ def test_every_stage_has_a_histogram(stage: str) -> None:
 def test_the_queue_is_asked_for_its_depth_by_the_scrape() -> None:
     metrics = Metrics()
     waiting = [3]
-    full(metrics).watch_queue(lambda: waiting[0])
+    full(metrics, waiting=lambda: waiting[0])
     assert sample(metrics, "phalanx_queue_images", ensemble="full") == 3
     waiting[0] = 0
     assert sample(metrics, "phalanx_queue_images", ensemble="full") == 0
@@ -167,9 +173,8 @@ def test_the_queue_is_asked_for_its_depth_by_the_scrape() -> None:
 def test_bundle_and_provider_are_told_and_a_new_one_takes_the_place_of_the_old() -> None:
     metrics = Metrics()
     for version, provider in (("1", "CUDAExecutionProvider"), ("2", "CPUExecutionProvider")):
-        metrics.describe_bundle("tiny", version)
-        facts = EnsembleFacts(provider, provider == "CPUExecutionProvider", 0.05, 0.01, 1024)
-        metrics.describe_ensemble("full", facts)
+        metrics.offer_bundle("tiny", version)
+        full(metrics, EnsembleFacts(provider, provider == "CPUExecutionProvider", 0.05, 0.01, 1024))
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="2") == 1
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="1") is None
     assert sample(metrics, "phalanx_provider_info", ensemble="full", provider="CPUExecutionProvider") == 1
@@ -191,7 +196,9 @@ def test_images_answered_with_an_error_are_counted_by_code() -> None:
 def test_every_series_of_an_ensemble_carries_its_name_and_no_summary_is_among_them() -> None:
     metrics = Metrics()
     full(metrics).run(two_answers())
-    metrics.ensemble("votes-only", ["metric"], []).run(decision([0], [[0]], [[]], [Verdict.UNSCREENED], [Reason.NONE], [1.0]))
+    votes_only = metrics.ensemble("votes-only", ["metric"], [])
+    metrics.offer("votes-only", votes_only, FACTS, lambda: 0)
+    votes_only.run(decision([0], [[0]], [[]], [Verdict.UNSCREENED], [Reason.NONE], [1.0]))
     families = list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
     assert not [family.name for family in families if family.type == "summary"]
     of_the_server = (
