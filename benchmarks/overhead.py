@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks import echo
@@ -57,11 +58,11 @@ def main() -> None:
             computing.channel() as to_computing,
         ):
             classify = pb_grpc.DefenseEnsembleStub(to_server).Classify
-            calls: dict[Process, Call] = {server: lambda: classify(message)}
+            calls: dict[Process, Call] = {server: partial(classify, message)}
             for process, channel in ((bare, to_bare), (computing, to_computing)):
                 bounce = channel.unary_unary(echo.METHOD, pb.ClassifyRequest.SerializeToString, pb.ClassifyRequest.FromString)
                 bounce(message, wait_for_ready=True)
-                calls[process] = lambda bounce=bounce: bounce(message)
+                calls[process] = partial(bounce, message)
             rounds = [one_round(calls, given.calls) for _ in range(given.rounds + 1)][1:]  # the first is to warm up
     names = {server: "server", bare: "echo", computing: "echo and graph"}
     missed = report(

@@ -1,8 +1,8 @@
 """What an operator watches: every time series of the service, under its ensemble's name.
 
-Times and counts use children bound to their labels once. What an answer holds (verdicts, dissent, p-values) is only
-put aside by the batcher and counted in bulk, when a scrape asks or enough has gathered: one `bincount` for some
-hundred images instead of a dozen increments for each.
+Counts use children bound to their labels once. Times, and what an answer holds (verdicts, dissent, p-values), are only
+put aside and counted in bulk, when a scrape asks or enough has gathered: one `bincount` for some hundred images instead of a
+dozen increments for each.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from models.ensemble import Decision, Reason, Verdict
+from service.bulk_histogram import BulkHistogram, Observations
 
 SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -56,12 +57,12 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry if registry is not None else CollectorRegistry()
         by_call = ("ensemble", "method")
-        self._request = Histogram(
+        self._request = BulkHistogram(
             "phalanx_request_seconds",
             "Time from a request's arrival in its handler to its answer.",
             by_call,
-            buckets=SECONDS,
-            registry=self.registry,
+            SECONDS,
+            self.registry,
         )
         self._in_flight = Gauge("phalanx_in_flight_requests", "Requests being answered.", by_call, registry=self.registry)
         self._errors = Counter(
@@ -73,14 +74,14 @@ class Metrics:
             ("ensemble", "code"),
             registry=self.registry,
         )
-        self._stage = Histogram(
+        self._stage = BulkHistogram(
             "phalanx_stage_seconds",
             "Time of a request's stages: decode, queue, compute, encode.",
             ("ensemble", "stage"),
-            buckets=SECONDS,
-            registry=self.registry,
+            SECONDS,
+            self.registry,
         )
-        self._batch = Histogram("phalanx_batch_images", "Images in one run.", ("ensemble",), buckets=IMAGES, registry=self.registry)
+        self._batch = BulkHistogram("phalanx_batch_images", "Images in one run.", ("ensemble",), IMAGES, self.registry)
         self._closed = Counter(
             "phalanx_batches",
             "Batches taken from the queue, by why they took in no more.",
@@ -191,7 +192,7 @@ class CallMetrics:
 
     __slots__ = ("_error", "_in_flight", "_seconds")
 
-    def __init__(self, seconds: Histogram, in_flight: Gauge, error: Callable[[str], None]) -> None:
+    def __init__(self, seconds: Observations, in_flight: Gauge, error: Callable[[str], None]) -> None:
         self._seconds, self._in_flight, self._error = seconds, in_flight, error
 
     def begin(self) -> float:
@@ -212,7 +213,7 @@ class EnsembleMetrics:
 
     __slots__ = ("_batch", "_closed", "compute", "decode", "encode", "queue", "tally")
 
-    def __init__(self, tally: Tally, stages: dict[str, Histogram], batch: Histogram, closed: dict[Closed, Counter]) -> None:
+    def __init__(self, tally: Tally, stages: dict[str, Observations], batch: Observations, closed: dict[Closed, Counter]) -> None:
         self.tally, self._batch, self._closed = tally, batch, closed
         self.decode: Callable[[float], None] = stages["decode"].observe
         self.queue: Callable[[float], None] = stages["queue"].observe
