@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -133,6 +134,30 @@ def test_a_refused_call_says_which_field_and_why(client: Client) -> None:
 def test_a_server_that_is_not_there_is_an_error_of_the_same_kind() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(PhalanxError, match="UNAVAILABLE"):
         client.classify(pixels(), timeout=5)
+
+
+def test_a_server_that_ends_is_asked_once_more_where_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed worker or a replaced replica looks like to a caller."""
+    bundle = write_bundle(tmp_path / "bundle", tiny_parts())
+    plain = {"bundle": bundle.path, "metrics": False, "device": {"provider": "cpu"}, "shutdown": {"notice_seconds": 0}}
+    servers = [Server(ServiceConfig.model_validate({**plain, "listen": "127.0.0.1:0"}))]
+    again = ServiceConfig.model_validate({**plain, "listen": servers[0].address})
+    with Client(str(servers[0].address)) as client:
+        before = client.classify(pixels())
+        servers[0].drain()
+        replacement = threading.Timer(0.5, lambda: servers.append(Server(again)))
+        replacement.start()
+        try:
+            assert client.classify(pixels()).results == before.results
+        finally:
+            replacement.join()
+            servers[-1].drain()
+        monkeypatch.setattr("phalanx_client.client.PATIENCE", 0.2)
+        with pytest.raises(PhalanxError) as caught:
+            client.classify(pixels())
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_stream_keeps_order_and_ids_and_survives_a_bad_image(client: Client) -> None:

@@ -170,7 +170,8 @@ def test_a_killed_worker_costs_nobody_an_answer_who_asks_once_more(pair: Served)
                     answer = stub.Classify(expected, timeout=20)
                 except grpc.RpcError as error:
                     lost.append(error)
-                    answer = stub.Classify(expected, timeout=20)  # once: a second failure fails the test
+                    # once: a second failure fails the test; a connection that was about to be accepted is reset, too
+                    answer = stub.Classify(expected, timeout=20, wait_for_ready=True)
                 assert answer.results == right
                 answered += 1
         return answered
@@ -252,7 +253,7 @@ def test_sigterm_answers_what_was_accepted_and_ends_all(tmp_path: Path) -> None:
     with served(tmp_path) as its, its.stub() as stub:
         stub.Classify(request(random_pixels(1)))
         workers = workers_of(its.process.pid)
-        pending = [stub.Classify.future(request(random_pixels(200)), timeout=SECONDS) for _ in range(8)]
+        pending = [stub.Classify.future(request(random_pixels(200)), timeout=SECONDS) for _ in range(4)]
         its.until(lambda: any(value for key, value in its.scrape().items() if key.startswith("phalanx_in_flight")))
         os.kill(its.process.pid, signal.SIGTERM)
         assert {each.code() for each in pending} <= {CODE.OK, CODE.UNAVAILABLE}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Self
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self, TypeVar
 
 import grpc
 
@@ -14,8 +15,12 @@ from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 TIMEOUT = 30.0  # seconds: a call without a deadline can wait for ever
+PATIENCE = 5.0  # seconds a call that is made once more waits for a connection
 # As large as a server's answers may get: some hundred images with all their evidence, over many classes.
 OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 
 class Client:
@@ -28,6 +33,9 @@ class Client:
     `credentials` are grpcio's, as `grpc.ssl_channel_credentials()` makes them; without them the connection is plain
     text.  `token` is sent with every call, where the server asks for one.  Every call raises PhalanxError where it fails
     as a whole; an image that cannot be classified is an ImageError among the results.
+
+    Where a server that answered before is gone or shuts down (UNAVAILABLE), a call is made once more, over whatever
+    connection there is then: a worker or a replica that ends is not noticed.  Streams are not begun again.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Client:
             self._channel = grpc.secure_channel(target, credentials, settings)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = pb_grpc.DefenseEnsembleStub(self._channel)
+        self._reached = False  # whether a server ever answered
 
     def classify(
         self,
@@ -57,10 +66,7 @@ class Client:
         request = pb.ClassifyRequest(
             ensemble=ensemble, images=map(to_message, images), disclosure=pb.Disclosure.ValueType(disclosure)
         )
-        try:
-            return answers.answer(self._stub.Classify(request, timeout=timeout, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise errors.from_call(error) from None
+        return answers.answer(self._call(self._stub.Classify, request, timeout))
 
     def classify_stream(
         self,
@@ -101,19 +107,29 @@ class Client:
 
     def list_ensembles(self, *, timeout: float | None = TIMEOUT) -> tuple[Ensemble, ...]:
         """Everything the server answers for; its default comes first."""
-        try:
-            response = self._stub.ListEnsembles(pb.ListEnsemblesRequest(), timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_call(error) from None
+        response = self._call(self._stub.ListEnsembles, pb.ListEnsemblesRequest(), timeout)
         return tuple(answers.ensemble(message) for message in response.ensembles)
 
     def get_ensemble(self, ensemble: str = "", *, timeout: float | None = TIMEOUT) -> Ensemble:
-        try:
-            request = pb.GetEnsembleRequest(ensemble=ensemble)
-            response = self._stub.GetEnsemble(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise errors.from_call(error) from None
+        response = self._call(self._stub.GetEnsemble, pb.GetEnsembleRequest(ensemble=ensemble), timeout)
         return answers.ensemble(response.ensemble)
+
+    def _call(self, method: Callable[..., Response], request: Request, timeout: float | None) -> Response:
+        """One unary call, once more where the connection it was made over ended."""
+        end = None if timeout is None else time.monotonic() + timeout
+        try:
+            answer = method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or not self._reached:
+                raise errors.from_call(error) from None
+            left = PATIENCE if end is None else min(PATIENCE, max(0.0, end - time.monotonic()))
+            try:
+                answer = method(request, timeout=left, metadata=self._metadata, wait_for_ready=True)
+            except grpc.RpcError as again:
+                gone = again.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # nobody came back: what was said first says more
+                raise errors.from_call(error if gone else again) from None
+        self._reached = True
+        return answer
 
     def close(self) -> None:
         self._channel.close()
