@@ -29,8 +29,8 @@ class Answer:
 class Load:
     """Callers of one server with one request, over a few connections."""
 
-    def __init__(self, address: str, request: pb.ClassifyRequest, timeout: float = 5.0) -> None:
-        self._address, self._request, self._timeout = address, request, timeout
+    def __init__(self, address: str, request: pb.ClassifyRequest, timeout: float = 5.0, connections: int = CONNECTIONS) -> None:
+        self._address, self._request, self._timeout, self._connections = address, request, timeout, connections
 
     def together(self, callers: int, seconds: float) -> list[Answer]:
         """Each asks again as soon as it is answered: what comes of it is the most that the server can do."""
@@ -49,18 +49,18 @@ class Load:
             while time.monotonic() < end:
                 answers.append(await self._call(stub))
 
-        async with _Stubs(self._address) as stubs:
-            await asyncio.gather(*(ask(stubs[caller % CONNECTIONS]) for caller in range(callers)))
+        async with _Stubs(self._address, self._connections) as stubs:
+            await asyncio.gather(*(ask(stubs[caller % len(stubs)]) for caller in range(callers)))
         return answers
 
     async def _at(self, moments: Sequence[float]) -> list[Answer]:
         began = time.monotonic()
-        async with _Stubs(self._address) as stubs:
+        async with _Stubs(self._address, self._connections) as stubs:
             calls: list[asyncio.Task[Answer]] = []
             for index, moment in enumerate(moments):
                 if (early := began + moment - time.monotonic()) > 0:
                     await asyncio.sleep(early)
-                calls.append(asyncio.create_task(self._call(stubs[index % CONNECTIONS], began + moment)))
+                calls.append(asyncio.create_task(self._call(stubs[index % len(stubs)], began + moment)))
                 if not index % 16:  # late itself, it would never let the answers be read
                     await asyncio.sleep(0)
             return list(await asyncio.gather(*calls))
@@ -78,9 +78,9 @@ class Load:
 class _Stubs:
     """One for each connection; gRPC would share one for all."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, connections: int) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(address, options) for _ in range(CONNECTIONS)]
+        self._channels = [grpc.aio.insecure_channel(address, options) for _ in range(connections)]
 
     async def __aenter__(self) -> list[pb_grpc.DefenseEnsembleStub]:
         await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
