@@ -26,7 +26,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.server import CannotListen, Server
 from tests.service.certificates import Authority
-from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
+from tests.service.serving import Running, configured, random_pixels, reason, request, retry_seconds, serving
 
 CODE = grpc.StatusCode
 REFLECT = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -193,6 +193,7 @@ def test_who_asks_too_fast_is_told_when_to_come_back(guarded: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         slow.open_inference.ModelInfer(infer())
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+    assert reason(caught.value) == ("phalanx", "QUOTA")
     wait = retry_seconds(caught.value)
     assert wait is not None
     assert 0.5 < wait <= 1.5  # 5 of 3 tokens: 3 are missing, at 2 a second

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from service.engine import Engine, Stop
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from tests.service.serving import Running, random_pixels, raw, request, retry_seconds, serving, violated_field
+from tests.service.serving import Running, random_pixels, raw, reason, request, retry_seconds, serving, violated_field
 from tests.service.test_images import encoded, png
 
 GOOD = random_pixels(1)[0]
@@ -173,6 +173,7 @@ def test_a_full_queue_says_when_to_come_back(
         with pytest.raises(grpc.RpcError, match="the queue holds 4 of at most 4 images") as raised:
             running.native.Classify(request(random_pixels(1)))
         assert "RESOURCE_EXHAUSTED" in str(raised.value)
+        assert reason(raised.value) == ("phalanx", "QUEUE_FULL")
         assert (retry_seconds(raised.value) or 0) > 0
         go.set()
         assert len(computed.result().results) == 1
@@ -189,9 +190,11 @@ def test_too_many_calls_are_refused_at_once_but_health_is_answered(
         assert waiting.wait(10)
         with pytest.raises(grpc.RpcError, match="1 calls are being answered already") as raised:
             running.native.Classify(request(random_pixels(1)))
+        assert reason(raised.value) == ("phalanx", "TOO_MANY_CALLS")
         assert (retry_seconds(raised.value) or 0) > 0
-        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED") as raised:
             next(running.native.ClassifyStream(iter([])))
+        assert reason(raised.value) == ("phalanx", "TOO_MANY_CALLS")
         assert running.health.Check(health_pb2.HealthCheckRequest()).status
         go.set()
         assert first.result().results
