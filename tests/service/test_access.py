@@ -431,6 +431,23 @@ def test_a_greedy_caller_leaves_places_for_others(tiny_bundle: Path, graphs: Gra
         over.set()
 
 
+def test_a_stranger_is_told_so_and_not_that_all_places_are_taken(tiny_bundle: Path, graphs: GraphCache) -> None:
+    callers = {name: {"token_sha256": token_digest(TOKENS[name]), "scopes": ["classify"]} for name in ("shop", "lab")}
+    over = threading.Event()
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest()
+        over.wait(30)
+
+    with serving(tiny_bundle, graphs, callers=callers, limits={"max_concurrent_calls": 1}) as running:
+        stream = caller(running, "shop").native.ClassifyStream(silent())
+        next(stream)
+        for method in ("Classify", "ModelInfer"):
+            assert refusal(lambda method=method: EVERYTHING[method](caller(running, None))) is CODE.UNAUTHENTICATED  # type: ignore[misc]
+            assert refusal(lambda method=method: EVERYTHING[method](caller(running, "lab"))) is CODE.RESOURCE_EXHAUSTED  # type: ignore[misc]
+        over.set()
+
+
 def test_strangers_learn_of_no_ensemble_through_health(guarded: Running) -> None:
     def check(name: str, who: str | None) -> grpc.StatusCode:
         health: Any = health_pb2_grpc.HealthStub(caller(guarded, who).channel)
