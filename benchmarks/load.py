@@ -77,7 +77,7 @@ class Load:
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._processes = [ProcessPoolExecutor(1, context) for _ in range(processes)]
         for started in [process.submit(_run, _together, self._target, 0.0, 0, 0.0) for process in self._processes]:
-            started.result()
+            started.result()  # no caller yet, but the process is there and has imported what it needs
 
     def together(self, callers: int, seconds: float) -> list[Answer]:
         """Each asks again as soon as it is answered: what comes of it is the most that the server can do."""

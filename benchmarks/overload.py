@@ -52,11 +52,11 @@ def main() -> None:
 
 def report(answers: Sequence[Answer], peak: float, times: float, seconds: float) -> list[str]:
     """Prints what came of `times` the peak; what was missed, a sentence each."""
-    over = min(answer.due for answer in answers) + seconds
+    over, due = min(answer.due for answer in answers) + seconds, times * peak
     offered = sum(answer.begun <= over for answer in answers) / seconds
     answered = sum(answer.ended <= over for answer in ended(answers, "OK")) / seconds / peak
     refused = [answer.from_begun for answer in ended(answers, "RESOURCE_EXHAUSTED")]
-    print(f"offered: {offered:.1f} calls/s, {offered / peak:.2f} times the peak ({times:g} are due)")
+    print(f"offered: {offered:.1f} of {due:.1f} calls/s, {offered / peak:.2f} times the peak")
     print(f"callers' lateness, from due to begun: {spread([answer.late for answer in answers])}")
     for end in sorted({answer.end for answer in answers}):
         told(end, [answer for answer in answers if answer.end == end])
@@ -65,8 +65,7 @@ def report(answers: Sequence[Answer], peak: float, times: float, seconds: float)
     print(f"time to refuse, p99: {quantile(refused, 0.99):.1f} ms from begun (at most {REFUSED_MS:g})")
     unexpected = {answer.code for answer in answers} - EXPECTED
     judged = {
-        f"the callers began {offered:.1f} calls/s of {times * peak:.1f}: the load was not offered": offered
-        >= OFFERED * times * peak,
+        f"the callers began {offered:.1f} of {due:.1f} calls/s: the load was not offered": offered >= OFFERED * due,
         f"{answered:.2f} of the peak was answered": answered >= ANSWERED,
         "nothing was refused: that was no overload": bool(refused),
         f"refusals took {quantile(refused, 0.99):.1f} ms (p99)": not refused or quantile(refused, 0.99) <= REFUSED_MS,

@@ -119,7 +119,7 @@ def delayed(answers: Sequence[Answer], seconds: float) -> list[Answer]:
         ),
         pytest.param(offered("OK", 0.0, 300), ["nothing was refused"], id="no overload"),
         pytest.param(
-            ANSWERED + REFUSED[:200] + delayed(REFUSED[200:], 20.0), ["the callers began 22.7 calls/s of 30.0"], id="not offered"
+            ANSWERED + REFUSED[:200] + delayed(REFUSED[200:], 20.0), ["the callers began 22.7 of 30.0 calls/s"], id="not offered"
         ),
     ],
 )
