@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.load import Load, counted, quantile, rate
+from benchmarks.load import Load, counted, ended, quantile, rate
 from benchmarks.processes import (
     Process,
     await_serving,
@@ -43,19 +43,20 @@ def main() -> None:
     print(f"{given.minutes:g} minutes, {given.images} images per call, seed 0; {provenance()}")
     with tempfile.TemporaryDirectory() as folder, phalanx(read_config(given.config), Path(folder)) as server:
         await_serving(server)
-        load = Load(server.address, request(random_images(given.images, image_shape(server))))
-        load.together(16, 2.0)
-        peak = rate(load.together(16, 10.0))
-        time.sleep(1.0)  # for the connections to be closed
-        before = server.open_files
-        print(f"peak {peak:.1f} calls/s; {given.load * peak:.1f} calls/s are asked", flush=True)
-        watch = Watch(server, given.minutes * 60)
-        answers = load.at_rate(given.load * peak, given.minutes * 60)
+        with Load(server.address, request(random_images(given.images, image_shape(server)))) as load:
+            load.together(16, 2.0)
+            peak = rate(load.together(16, 10.0))
+            time.sleep(1.0)  # for the connections to be closed
+            before = server.open_files
+            print(f"peak {peak:.1f} calls/s; {given.load * peak:.1f} calls/s are asked", flush=True)
+            watch = Watch(server, given.minutes * 60)
+            answers = load.at_rate(given.load * peak, given.minutes * 60)
         growth = watch.growth()
         time.sleep(1.0)  # for the last connections to be closed
         leaked = server.open_files - before
     for code, count in sorted(counted(answers).items()):
-        print(f"  {code:20} {count:>7}, p50 {quantile(answers, code, 0.5):.1f} ms, p99 {quantile(answers, code, 0.99):.1f} ms")
+        took = [answer.from_due for answer in ended(answers, code)]
+        print(f"  {code:20} {count:>7}, p50 {quantile(took, 0.5):.1f} ms, p99 {quantile(took, 0.99):.1f} ms")
     print(
         f"resident memory: {watch.first:.0f} MB once settled, {watch.last:.0f} MB at the end: {growth:+.2%} (at most {GROWTH:.0%})"
     )

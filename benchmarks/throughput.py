@@ -3,9 +3,10 @@
     python -m benchmarks.throughput
 
 The floor is the default ensemble's graph, run on random images: by as many threads as there are cores, each with a batch of its
-own (as the server computes), and by one caller whose session shares every operator among as many threads, idle ones waiting
-in a loop or asleep. The best of all batch sizes and settings counts. The server is asked by callers in this process, who share
-the machine with it. The floor is taken again before each round. Ends with 1 where the server's share of the floor is too small.
+own (as the server computes), and by one caller whose session shares every operator among as many threads, idle ones asleep or
+waiting in a loop. Each of these settings has the batch size that is best for it. As the machine's speed changes, all of them are
+measured before and after every cell of the server, and the cell is held against the one whose mean of the two is largest.
+The server is asked by callers who share the machine with it. Ends with 1 where its share of the floor is too small.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,78 +26,89 @@ import onnxruntime as ort
 
 from benchmarks.bare import bare_graph
 from benchmarks.load import Load, quantile, rate
-from benchmarks.processes import await_serving, command_line, image_shape, phalanx, provenance, random_images, read_config, request
+from benchmarks.processes import (
+    Process,
+    await_serving,
+    command_line,
+    image_shape,
+    phalanx,
+    provenance,
+    random_images,
+    read_config,
+    request,
+)
 from service.config import ServiceConfig
 from service.engine import CPU, cores, open_session
 
 BATCHES = (1, 4, 8, 16, 32, 64, 128)
-ASKED = (  # images per call, callers at once, share of the floor at least
-    (32, 4, 0.9),
-    (32, 16, 0.9),
-    (1, 16, 0.8),
-    (1, 64, 0.8),
-)
+PASSES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How the server is asked, and the least it should reach."""
+
+    images: int  # per call
+    callers: int
+    least: float  # share of the floor
+
+    def __str__(self) -> str:
+        return f"{self.images:>2} images per call, {self.callers:>2} callers"
+
+
+CELLS = (Cell(32, 4, 0.9), Cell(32, 16, 0.9), Cell(1, 16, 0.8), Cell(1, 64, 0.8))
 
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each figure of each round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each cell of each round (default: %(default)s)")
+    parser.add_argument("--floor-seconds", type=float, default=1.5, help="for each setting of the floor (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     given = parser.parse_args()
     config = read_config(given.config)
-    print(f"{given.rounds} rounds, {given.seconds:g} s a figure, seed 0; {provenance()}, {cores()} to be used")
-    found: dict[tuple[int, int], list[float]] = {}
+    print(f"{given.rounds} rounds, {given.seconds:g} s a cell, {given.floor_seconds:g} s a setting of the floor, seed 0")
+    print(f"{provenance()}, {cores()} to be used")
     with tempfile.TemporaryDirectory() as folder:
-        floor, batch = best(settings_of(ServiceConfig.model_validate(config), Path(folder)), given.seconds / 2)
-        print(f"the floor: {floor.name}, batches of {batch}")
+        settings = [best(each, given.floor_seconds) for each in settings_of(ServiceConfig.model_validate(config), Path(folder))]
         with phalanx(config, Path(folder)) as server:
             await_serving(server)
-            for _ in range(given.rounds):
-                base = floor.images_per_second(batch, given.seconds)
-                for images, callers, _ in ASKED:
-                    load = Load(server.address, request(random_images(images, image_shape(server))), timeout=60.0)
-                    load.together(callers, 1.0)  # warm
-                    answers = load.together(callers, given.seconds)
-                    reached = rate(answers) * images
-                    found.setdefault((images, callers), []).append(reached / base)
-                    asked = f"{images:>2} images a call, {callers:>2} callers"
-                    print(
-                        f"  {asked}: {reached:5.0f} of {base:.0f} images/s, p99 {quantile(answers, 'OK', 0.99):.0f} ms", flush=True
-                    )
-    missed = False
-    for images, callers, least in ASKED:
-        shares = found[images, callers]
-        missed |= statistics.mean(shares) < least
-        spread = f"{statistics.mean(shares):.2f} +- {statistics.stdev(shares) if len(shares) > 1 else 0:.2f}"
-        print(f"{images:>2} images per call, {callers:>2} callers: {spread} of the floor (at least {least})")
-    sys.exit(missed)
+            shares = measure(server, settings, given.rounds, given.seconds, given.floor_seconds)
+    print("share of the floor, mean +- standard deviation over the rounds")
+    for cell, found in shares.items():
+        spread = statistics.stdev(found) if len(found) > 1 else 0.0
+        print(f"  {cell}: {statistics.mean(found):.2f} +- {spread:.2f} (at least {cell.least})")
+    sys.exit(any(statistics.mean(found) < cell.least for cell, found in shares.items()))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A session, and how many callers it has at once."""
+    """A session, how many callers it has at once, and their batches."""
 
     name: str
     session: ort.InferenceSession
     callers: int
     feeds: Mapping[str, Any]  # images (n, h, w, c) and masks
+    batch: int = 1
 
-    def images_per_second(self, batch: int, seconds: float) -> float:
+    def images_per_second(self, seconds: float) -> float:
         """Every caller runs batches of its own, over and over."""
-        feeds = dict(self.feeds) | {"image": self.feeds["image"][:batch]}
+        feeds = dict(self.feeds) | {"image": self.feeds["image"][: self.batch]}
         self.session.run(None, feeds)
         began = time.perf_counter()
 
         def work(_: int) -> int:
             runs = 0
-            while time.perf_counter() < began + seconds:
+            while not runs or time.perf_counter() < began + seconds:
                 self.session.run(None, feeds)
                 runs += 1
             return runs
 
         with ThreadPoolExecutor(self.callers) as pool:
             runs = sum(pool.map(work, range(self.callers)))
-        return runs * batch / (time.perf_counter() - began)
+        return runs * self.batch / (time.perf_counter() - began)
+
+    def __str__(self) -> str:
+        return f"{self.name}, batches of {self.batch}"
 
 
 def settings_of(config: ServiceConfig, cache: Path) -> list[Setting]:
@@ -118,16 +131,46 @@ def sharing(graph: bytes, spin: bool) -> ort.InferenceSession:
     return ort.InferenceSession(graph, options, providers=[CPU])
 
 
-def best(settings: Sequence[Setting], seconds: float) -> tuple[Setting, int]:
-    """What runs most images a second, and in which batches."""
-    found: list[tuple[float, int, Setting]] = []
-    print(f"  {'images/s in batches of':32}" + " ".join(f"{batch:>5}" for batch in BATCHES))
-    for setting in settings:
-        rates = [setting.images_per_second(batch, seconds) for batch in BATCHES]
-        print(f"  {setting.name:32}" + " ".join(f"{rate:5.0f}" for rate in rates), flush=True)
-        found += [(rate, batch, setting) for rate, batch in zip(rates, BATCHES, strict=True)]
-    _, batch, setting = max(found, key=lambda each: each[0])
-    return setting, batch
+def best(setting: Setting, seconds: float) -> Setting:
+    """With the batch size in which it runs most images a second, by the mean of some readings, in turns."""
+    sized = [replace(setting, batch=batch) for batch in BATCHES]
+    passes = [[each.images_per_second(seconds) for each in sized] for _ in range(PASSES)]
+    means = [statistics.mean(readings) for readings in zip(*passes, strict=True)]
+    told = ", ".join(f"{mean:.0f} in {batch}s" for mean, batch in zip(means, BATCHES, strict=True))
+    print(f"  {setting.name:30} {told}", flush=True)
+    return sized[means.index(max(means))]
+
+
+def measure(
+    server: Process, settings: Sequence[Setting], rounds: int, seconds: float, floor_seconds: float
+) -> dict[Cell, list[float]]:
+    """The server's share of the floor for every cell, one a round. What follows one cell precedes the next."""
+    shares: dict[Cell, list[float]] = {cell: [] for cell in CELLS}
+    with ExitStack() as ends:
+        shape = image_shape(server)
+        loads = {
+            images: ends.enter_context(Load(server.address, request(random_images(images, shape)), timeout=60.0))
+            for images in {cell.images for cell in CELLS}
+        }
+        for _ in range(rounds):
+            before = [setting.images_per_second(floor_seconds) for setting in settings]
+            for cell in CELLS:
+                load = loads[cell.images]
+                load.together(cell.callers, 1.0)  # warm
+                answers = load.together(cell.callers, seconds)
+                after = [setting.images_per_second(floor_seconds) for setting in settings]
+                floor, chosen = highest(before, after)
+                before = after
+                reached, p99 = rate(answers) * cell.images, quantile([answer.from_begun for answer in answers], 0.99)
+                shares[cell].append(reached / floor)
+                print(f"  {cell}: {reached:5.0f} of {floor:.0f} images/s ({settings[chosen]}), p99 {p99:.0f} ms", flush=True)
+    return shares
+
+
+def highest(before: Sequence[float], after: Sequence[float]) -> tuple[float, int]:
+    """The largest mean of the two readings of a setting, and which setting's it is."""
+    means = [statistics.mean(readings) for readings in zip(before, after, strict=True)]
+    return max(means), means.index(max(means))
 
 
 if __name__ == "__main__":

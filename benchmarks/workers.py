@@ -69,15 +69,16 @@ def compare(config: Mapping[str, Any], cache: Path, workers: list[int], rounds: 
                 await_serving(server)
                 shape = image_shape(server)
                 for images, callers in ASKED:
-                    load = Load(server.address, request(random_images(images, shape)), timeout=60.0, connections=callers)
-                    load.together(callers, 1.0)  # warm
-                    answers = load.together(callers, seconds)
-                    figures = rate(answers) * images, quantile(answers, "OK", 0.99)
+                    asked = request(random_images(images, shape))
+                    with Load(server.address, asked, timeout=60.0, processes=1, connections=callers) as load:
+                        load.together(callers, 1.0)  # warm
+                        answers = load.together(callers, seconds)
+                    figures = rate(answers) * images, quantile([answer.from_begun for answer in answers], 0.99)
                     found.setdefault((images, callers, count), []).append(figures)
     for (images, callers, count), figures_of_rounds in sorted(found.items()):
         per_second, p99 = (list(values) for values in zip(*figures_of_rounds, strict=True))
-        asked = f"{images:>2} images a call, {callers:>2} callers, {count} workers"
-        print(f"  {asked}: {spread(per_second)} images/s, p99 {spread(p99)} ms")
+        which = f"{images:>2} images a call, {callers:>2} callers, {count} workers"
+        print(f"  {which}: {spread(per_second)} images/s, p99 {spread(p99)} ms")
 
 
 def spread(values: list[float]) -> str:

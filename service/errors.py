@@ -1,8 +1,8 @@
 """What can be wrong with a request, and the one table that turns errors into gRPC statuses.
 
 The core raises plain exceptions whose message says what was expected and what came.  Statuses are rich
-(google.rpc.Status): BadRequest names the field, RetryInfo says when to come back.  An error that is not in the table is
-ours, not the caller's: it is logged in full and sent as "internal error" with the request's id.
+(google.rpc.Status): BadRequest names the field, RetryInfo says when to come back, ErrorInfo which limit refused.  An error
+that is not in the table is ours, not the caller's: it is logged in full and sent as "internal error" with the request's id.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from service.batcher import DeadlineExceeded, Draining, QueueFull
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+DOMAIN = "phalanx"  # of the reasons in google.rpc.ErrorInfo
 
 
 class InvalidRequest(ValueError):
@@ -100,6 +101,10 @@ CODES: Mapping[type[BaseException], grpc.StatusCode] = MappingProxyType(
         CancelledError: grpc.StatusCode.CANCELLED,
     }
 )
+# What a program is to tell apart where the code is the same: never renamed, as callers compare them.
+REASONS: Mapping[type[BaseException], str] = MappingProxyType(
+    {QueueFull: "QUEUE_FULL", TooManyCalls: "TOO_MANY_CALLS", TooFast: "QUOTA"}
+)
 
 
 class Failure(NamedTuple):
@@ -109,6 +114,7 @@ class Failure(NamedTuple):
     message: str
     field: str = ""
     retry_seconds: float | None = None
+    reason: str = ""
 
     @property
     def number(self) -> int:
@@ -124,7 +130,7 @@ def failure_of(error: BaseException, request_id: str = "none") -> Failure:
     if isinstance(error, CancelledError):
         return Failure(code, "the caller gave up")
     retry = getattr(error, "retry_seconds", 1.0 if isinstance(error, Draining) else None)
-    return Failure(code, str(error), getattr(error, "field", ""), retry)
+    return Failure(code, str(error), getattr(error, "field", ""), retry, REASONS.get(type(error), ""))
 
 
 def rich_status(failure: Failure) -> grpc.Status:
@@ -136,6 +142,8 @@ def rich_status(failure: Failure) -> grpc.Status:
         delay = Duration()
         delay.FromNanoseconds(int(failure.retry_seconds * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    if failure.reason:
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN))
     return rpc_status.to_status(status)
 
 

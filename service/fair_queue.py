@@ -50,9 +50,14 @@ class Holdings:
     GREED = 8
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._held: Counter[str] = Counter()
         self.total = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody can have room."""
+        return self.total >= self.limit
 
     def has_room(self, caller: str, images: int) -> bool:
         """Whether the images may enter, so that all stays within the limit and something is left for who comes next.
@@ -61,7 +66,7 @@ class Holdings:
         alone 8/9 of the queue, two together 16/17. Callers who cannot be told apart (the empty name) share all of it.
         A request that is larger than the whole queue may enter an empty one: told to come back later, it would for ever.
         """
-        free = self._limit - self.total
+        free = self.limit - self.total
         if not self.total:
             return True
         if images > free:

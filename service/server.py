@@ -32,6 +32,7 @@ from service.servicers.health import Health, add_health, add_reflection
 from service.servicers.malformed import Registrar
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.open_inference import OpenInferenceServicer
+from service.servicers.unread import Doorkeeper
 from service.tls import Certificates, InvalidCertificate
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Server:
         self._config, self.metrics = config, Metrics()
         ProcessCollector(registry=self.metrics.registry)
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
-        self._server = grpc.server(self._pool, options=_options(config, share_port=together is not None))
+        options = _options(config, share_port=together is not None)
+        self._server = grpc.server(self._pool, options=options, interceptors=[Doorkeeper(lambda: self._gate)])
         self._ended = ExitStack()  # what must be undone, last first
         with ExitStack() as started:
             started.callback(self._pool.shutdown)

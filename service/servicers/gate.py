@@ -19,7 +19,7 @@ from service.batcher import DeadlineExceeded, Draining, Result
 from service.codec import disclosure
 from service.config import Disclosure, Scope
 from service.engine import Stop
-from service.errors import Failure, TooManyCalls, failure_of, request_id_of, rich_status
+from service.errors import Failure, TooManyCalls, Unauthenticated, failure_of, request_id_of, rich_status
 from service.fair_queue import Holdings
 from service.logs import RequestLog
 from service.metrics import CallMetrics, Metrics
@@ -155,11 +155,24 @@ class Gate:
             self.log(begun, context, call)
         return answer
 
-    def refuse(self, method: str, error: Exception, context: grpc.ServicerContext) -> Never:
+    @property
+    def full(self) -> bool:
+        """Whether every place for calls is taken, a moment ago: asked without the lock."""
+        return self._places.full
+
+    def refuse_unread(self, method: str, context: grpc.ServicerContext) -> Never:
+        """End a call for which there is no place. Which ensemble it names is not known: it is counted as the default one's."""
+        try:
+            call = self.identify(context)
+        except Unauthenticated as error:
+            self.refuse(method, error, context)
+        self.refuse(method, TooManyCalls(self._places.limit), context, call)
+
+    def refuse(self, method: str, error: Exception, context: grpc.ServicerContext, call: Call | None = None) -> Never:
         """End a call that no handler has seen, and count it."""
         failure, begun = failure_of(error), self.begin(method, "")
         self.end(begun, failure.code)
-        self.log(begun, context, None, failure.code)
+        self.log(begun, context, call, failure.code)
         abort(failure, context)
 
     def begin(self, method: str, name: str) -> Begun:

@@ -131,6 +131,26 @@ def test_a_refused_call_says_which_field_and_why(client: Client) -> None:
         client.classify(pixels(), ensemble="nobody")
 
 
+def test_a_caller_beyond_its_quota_is_told_so_and_when_to_come_back(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", tiny_parts())
+    config = ServiceConfig.model_validate(
+        {
+            "bundle": bundle.path,
+            "listen": "127.0.0.1:0",
+            "metrics": False,
+            "quota": {"images_per_second": 0.1, "burst_images": 1},
+            "device": {"provider": "cpu", "threads": 1},
+            "shutdown": {"notice_seconds": 0},
+        }
+    )
+    with Server(config) as server, Client(str(server.address)) as client:
+        client.classify(pixels())
+        with pytest.raises(PhalanxError, match=r"RESOURCE_EXHAUSTED: .* more than its 0\.1 images a second") as refused:
+            client.classify(pixels())
+    assert refused.value.reason == "QUOTA"
+    assert 5 < (refused.value.retry_seconds or 0) <= 10
+
+
 def test_a_server_that_is_not_there_is_an_error_of_the_same_kind() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(PhalanxError, match="UNAVAILABLE"):
         client.classify(pixels(), timeout=5)

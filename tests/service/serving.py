@@ -105,6 +105,12 @@ def retry_seconds(error: grpc.RpcError) -> float | None:
     return detail.retry_delay.ToNanoseconds() / 1e9 if _unpacked(error, detail) else None
 
 
+def reason(error: grpc.RpcError) -> tuple[str, str]:
+    """The domain and the reason that a rich status's ErrorInfo has; ("", "") without one."""
+    detail = error_details_pb2.ErrorInfo()
+    return (detail.domain, detail.reason) if _unpacked(error, detail) else ("", "")
+
+
 def _unpacked(error: grpc.RpcError, detail: Any) -> bool:
     status = rpc_status.from_call(error)  # type: ignore[arg-type]  # grpcio's errors are calls as well
     return status is not None and any(packed.Unpack(detail) for packed in status.details)

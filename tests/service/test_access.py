@@ -26,7 +26,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.server import CannotListen, Server
 from tests.service.certificates import Authority
-from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
+from tests.service.serving import Running, configured, random_pixels, reason, request, retry_seconds, serving
 
 CODE = grpc.StatusCode
 REFLECT = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -193,6 +193,7 @@ def test_who_asks_too_fast_is_told_when_to_come_back(guarded: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         slow.open_inference.ModelInfer(infer())
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+    assert reason(caught.value) == ("phalanx", "QUOTA")
     wait = retry_seconds(caught.value)
     assert wait is not None
     assert 0.5 < wait <= 1.5  # 5 of 3 tokens: 3 are missing, at 2 a second
@@ -427,6 +428,23 @@ def test_a_greedy_caller_leaves_places_for_others(tiny_bundle: Path, graphs: Gra
         mine = lab.native.ClassifyStream(silent())
         next(mine)
         lab.native.Classify(request(random_pixels(1)))
+        over.set()
+
+
+def test_a_stranger_is_told_so_and_not_that_all_places_are_taken(tiny_bundle: Path, graphs: GraphCache) -> None:
+    callers = {name: {"token_sha256": token_digest(TOKENS[name]), "scopes": ["classify"]} for name in ("shop", "lab")}
+    over = threading.Event()
+
+    def silent() -> Iterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest()
+        over.wait(30)
+
+    with serving(tiny_bundle, graphs, callers=callers, limits={"max_concurrent_calls": 1}) as running:
+        stream = caller(running, "shop").native.ClassifyStream(silent())
+        next(stream)
+        for method in ("Classify", "ModelInfer"):
+            assert refusal(lambda method=method: EVERYTHING[method](caller(running, None))) is CODE.UNAUTHENTICATED  # type: ignore[misc]
+            assert refusal(lambda method=method: EVERYTHING[method](caller(running, "lab"))) is CODE.RESOURCE_EXHAUSTED  # type: ignore[misc]
         over.set()
 
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from service.engine import Engine, Stop
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from tests.service.serving import Running, random_pixels, raw, request, retry_seconds, serving, violated_field
+from tests.service.serving import Running, random_pixels, raw, reason, request, retry_seconds, serving, violated_field
 from tests.service.test_images import encoded, png
 
 GOOD = random_pixels(1)[0]
@@ -173,6 +173,7 @@ def test_a_full_queue_says_when_to_come_back(
         with pytest.raises(grpc.RpcError, match="the queue holds 4 of at most 4 images") as raised:
             running.native.Classify(request(random_pixels(1)))
         assert "RESOURCE_EXHAUSTED" in str(raised.value)
+        assert reason(raised.value) == ("phalanx", "QUEUE_FULL")
         assert (retry_seconds(raised.value) or 0) > 0
         go.set()
         assert len(computed.result().results) == 1
@@ -189,12 +190,39 @@ def test_too_many_calls_are_refused_at_once_but_health_is_answered(
         assert waiting.wait(10)
         with pytest.raises(grpc.RpcError, match="1 calls are being answered already") as raised:
             running.native.Classify(request(random_pixels(1)))
+        assert reason(raised.value) == ("phalanx", "TOO_MANY_CALLS")
         assert (retry_seconds(raised.value) or 0) > 0
-        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED") as raised:
             next(running.native.ClassifyStream(iter([])))
+        assert reason(raised.value) == ("phalanx", "TOO_MANY_CALLS")
         assert running.health.Check(health_pb2.HealthCheckRequest()).status
         go.set()
         assert first.result().results
+
+
+@pytest.mark.parametrize("method", ["/phalanx.v1.DefenseEnsemble/Classify", "/inference.GRPCInferenceService/ModelInfer"])
+def test_what_has_no_place_is_refused_unread(
+    tiny_bundle: Path, graphs: GraphCache, gated: tuple[threading.Event, threading.Event], method: str
+) -> None:
+    waiting, go = gated
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, limits={"max_concurrent_calls": 1}) as running:
+        call: Any = running.channel.unary_unary(method)
+        go.clear()
+        first = running.native.Classify.future(request(random_pixels(1)))
+        assert waiting.wait(10)
+        with pytest.raises(grpc.RpcError, match="1 calls are being answered already") as raised:
+            call(b"\xff\xff\xff\xff")
+        assert reason(raised.value) == ("phalanx", "TOO_MANY_CALLS")
+        with pytest.raises(grpc.RpcError, match="1 calls are being answered already"):
+            call(bytes(8 * 2**20))  # more than may be under way before it is read
+        name = method.rpartition("/")[2]
+        assert running.scrape()[f'phalanx_errors_total{{code="RESOURCE_EXHAUSTED",ensemble="full",method="{name}"}}'] == 2
+        with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+            running.native.GetEnsemble(pb.GetEnsembleRequest(ensemble="none"))  # what needs no place is read
+        go.set()
+        assert first.result().results
+        with pytest.raises(grpc.RpcError, match="got 4 bytes that cannot be parsed"):
+            call(b"\xff\xff\xff\xff")
 
 
 def test_an_expired_deadline_is_told_and_the_rest_answered(

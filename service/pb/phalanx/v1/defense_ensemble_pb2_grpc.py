@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class DefenseEnsembleStub:
-    """Missing associated documentation comment in .proto file."""
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +60,10 @@ class DefenseEnsembleStub:
 
 
 class DefenseEnsembleServicer:
-    """Missing associated documentation comment in .proto file."""
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
 
     def Classify(self, request, context):
         """Classifies one or many images. Each is answered by a result or an error of its own, in the order they were sent; only a
@@ -121,7 +127,10 @@ def add_DefenseEnsembleServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DefenseEnsemble:
-    """Missing associated documentation comment in .proto file."""
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
 
     @staticmethod
     def Classify(request,

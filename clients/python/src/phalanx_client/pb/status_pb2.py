@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ephalanx_client/pb/status.proto\x12\x15phalanx_client.status\"W\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x1d.phalanx_client.status.Detail\")\n\x06\x44\x65tail\x12\x10\n\x08type_url\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x8e\x01\n\nBadRequest\x12J\n\x10\x66ield_violations\x18\x01 \x03(\x0b\x32\x30.phalanx_client.status.BadRequest.FieldViolation\x1a\x34\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"w\n\tRetryInfo\x12>\n\x0bretry_delay\x18\x01 \x01(\x0b\x32).phalanx_client.status.RetryInfo.Duration\x1a*\n\x08\x44uration\x12\x0f\n\x07seconds\x18\x01 \x01(\x03\x12\r\n\x05nanos\x18\x02 \x01(\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ephalanx_client/pb/status.proto\x12\x15phalanx_client.status\"W\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x1d.phalanx_client.status.Detail\")\n\x06\x44\x65tail\x12\x10\n\x08type_url\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x8e\x01\n\nBadRequest\x12J\n\x10\x66ield_violations\x18\x01 \x03(\x0b\x32\x30.phalanx_client.status.BadRequest.FieldViolation\x1a\x34\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"+\n\tErrorInfo\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\"w\n\tRetryInfo\x12>\n\x0bretry_delay\x18\x01 \x01(\x0b\x32).phalanx_client.status.RetryInfo.Duration\x1a*\n\x08\x44uration\x12\x0f\n\x07seconds\x18\x01 \x01(\x03\x12\r\n\x05nanos\x18\x02 \x01(\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BADREQUEST']._serialized_end=332
   _globals['_BADREQUEST_FIELDVIOLATION']._serialized_start=280
   _globals['_BADREQUEST_FIELDVIOLATION']._serialized_end=332
-  _globals['_RETRYINFO']._serialized_start=334
-  _globals['_RETRYINFO']._serialized_end=453
-  _globals['_RETRYINFO_DURATION']._serialized_start=411
-  _globals['_RETRYINFO_DURATION']._serialized_end=453
+  _globals['_ERRORINFO']._serialized_start=334
+  _globals['_ERRORINFO']._serialized_end=377
+  _globals['_RETRYINFO']._serialized_start=379
+  _globals['_RETRYINFO']._serialized_end=498
+  _globals['_RETRYINFO_DURATION']._serialized_start=456
+  _globals['_RETRYINFO_DURATION']._serialized_end=498
 # @@protoc_insertion_point(module_scope)

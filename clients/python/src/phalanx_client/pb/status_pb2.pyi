@@ -115,6 +115,30 @@ class BadRequest(_message.Message):
 Global___BadRequest: _TypeAlias = BadRequest  # noqa: Y015
 
 @_typing.final
+class ErrorInfo(_message.Message):
+    """google.rpc.ErrorInfo"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    domain: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        domain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErrorInfo: _TypeAlias = ErrorInfo  # noqa: Y015
+
+@_typing.final
 class RetryInfo(_message.Message):
     """google.rpc.RetryInfo"""
 

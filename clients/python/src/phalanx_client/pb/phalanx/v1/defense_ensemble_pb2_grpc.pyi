@@ -27,6 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DefenseEnsembleStub:
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -46,6 +51,11 @@ class DefenseEnsembleStub:
 
 @_typing.type_check_only
 class DefenseEnsembleAsyncStub(DefenseEnsembleStub):
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_defense_ensemble_pb2.ClassifyRequest, _defense_ensemble_pb2.ClassifyResponse]  # type: ignore[assignment]
     """Classifies one or many images. Each is answered by a result or an error of its own, in the order they were sent; only a
@@ -61,6 +71,11 @@ class DefenseEnsembleAsyncStub(DefenseEnsembleStub):
     """One ensemble: its members, detectors, rule and rates, the images it takes, and the bundle it comes from."""
 
 class DefenseEnsembleServicer(metaclass=_abc_1.ABCMeta):
+    """A call that is refused ends with a google.rpc.Status, in whose details are, where they apply: BadRequest, the field that is wrong;
+    RetryInfo, when to come back; and with RESOURCE_EXHAUSTED an ErrorInfo of the domain "phalanx", whose reason says what was exhausted:
+    QUEUE_FULL (images waiting for the ensemble), TOO_MANY_CALLS (calls or streams at once, of everybody), QUOTA (the caller's own).
+    """
+
     @_abc_1.abstractmethod
     def Classify(
         self,
