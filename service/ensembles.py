@@ -158,8 +158,10 @@ def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: M
 
 
 def give_back_memory() -> None:
-    """Return what loading freed to the system; glibc keeps it otherwise."""
+    """Return what loading freed to the system; glibc keeps it otherwise. What is left stays: collections need not look at it."""
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
