@@ -33,7 +33,7 @@ MAX_BATCH = 64  # images: as in Phalanx's `batching`, and more than the largest 
 class TritonSetting:
     """What was tried."""
 
-    instances: int  # of every member, a process each
+    instances: int  # of every step, a process each
     delay: int | None  # microseconds that a step waits for a batch; None: without dynamic batching
     onnx_rule: bool = False  # the rule as a graph in ONNX Runtime instead of NumPy
     preferred: tuple[int, ...] = ()  # sizes of a batch that starts at once
@@ -42,7 +42,7 @@ class TritonSetting:
     def name(self) -> str:
         batching = "no dynamic batching" if self.delay is None else f"delay {self.delay} µs"
         batching += f", preferred {'/'.join(map(str, self.preferred))}" if self.preferred else ""
-        return f"{self.instances} a member, {batching}, rule in {'ONNX Runtime' if self.onnx_rule else 'NumPy'}"
+        return f"{self.instances} of each step, {batching}, rule in {'ONNX Runtime' if self.onnx_rule else 'NumPy'}"
 
 
 SETTINGS = (
@@ -94,16 +94,14 @@ def write_repository(folder: Path, bundle: Bundle, ensemble: Ensemble, setting: 
         member = bundle.manifest.member(name)
         spec = member.stochastic
         shapes[name] = (ensemble.classes,) if spec is None else (spec.samples, ensemble.classes)
-        version = _model(
-            folder, name, setting, setting.instances, "triton_member.py", [image], [_tensor("logits", "FP32", shapes[name])]
-        )
+        version = _model(folder, name, setting, "triton_member.py", [image], [_tensor("logits", "FP32", shapes[name])])
         (version / "model.onnx").write_bytes(bundle.onnx_bytes[name])
         if spec is not None:
             np.save(version / "masks.npy", draw_masks(bundle.manifest.masks.seed, spec.samples, spec.width, spec.keep))
     columns = {"probabilities": ensemble.classes}
     outputs = [_tensor(name, datatype, (columns.get(name, 1),)) for name, (datatype, _) in OUTPUTS.items()]
     logits = [_tensor(name, "FP32", shape) for name, shape in shapes.items()]
-    version = _model(folder, RULE, setting, 1, "triton_rule.py", logits, outputs)
+    version = _model(folder, RULE, setting, "triton_rule.py", logits, outputs)
     write_rule(version, ensemble)
     if setting.onnx_rule:
         (version / "rule.onnx").write_bytes(rule_graph(bundle, ensemble))
@@ -127,20 +125,18 @@ def rule_graph(bundle: Bundle, ensemble: Ensemble) -> bytes:
     return ndx.build(inputs, {name: getattr(decision, name) for name in OUTPUTS}).SerializeToString(deterministic=True)
 
 
-def _model(
-    folder: Path, name: str, setting: TritonSetting, instances: int, source: str, inputs: list[str], outputs: list[str]
-) -> Path:
+def _model(folder: Path, name: str, setting: TritonSetting, source: str, inputs: list[str], outputs: list[str]) -> Path:
     """The folder of its one version."""
     version = folder / name / "1"
     version.mkdir(parents=True)
     shutil.copy(HERE / source, version / "model.py")
-    preferred = f", preferred_batch_size: [{', '.join(map(str, setting.preferred))}]" if setting.preferred else ""
-    batching = (
-        f"dynamic_batching {{ max_queue_delay_microseconds: {setting.delay}{preferred} }}\n" if setting.delay is not None else ""
-    )
+    batching = ""
+    if setting.delay is not None:
+        preferred = f", preferred_batch_size: {list(setting.preferred)}" if setting.preferred else ""
+        batching = f"dynamic_batching {{ max_queue_delay_microseconds: {setting.delay}{preferred} }}\n"
     (folder / name / "config.pbtxt").write_text(
         f'name: "{name}"\nbackend: "python"\nmax_batch_size: {MAX_BATCH}\n{_listed("input", inputs)}{_listed("output", outputs)}'
-        f"{batching}instance_group [ {{ kind: KIND_CPU, count: {instances} }} ]\n"
+        f"{batching}instance_group [ {{ kind: KIND_CPU, count: {setting.instances} }} ]\n"
     )
     return version
 
