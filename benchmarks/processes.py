@@ -53,6 +53,11 @@ class Process:
     def open_files(self) -> int:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
+    @property
+    def ended(self) -> bool:
+        """Whether this child is a zombie by now."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
         with grpc.insecure_channel(self.address) as channel:
@@ -116,7 +121,7 @@ def await_serving(process: Process) -> None:
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
-            if _ended(process.pid):
+            if process.ended:
                 raise RuntimeError("the server ended before it was SERVING; what it said follows")
             time.sleep(0.005)
     raise TimeoutError(f"not SERVING on {process.address} after {START_SECONDS:g} s")
@@ -128,11 +133,6 @@ def workers_of(pid: int) -> list[int]:
     for thread in Path(f"/proc/{pid}/task").iterdir():  # each lists those that it started
         children += map(int, (thread / "children").read_text().split())
     return sorted(child for child in children if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes())
-
-
-def _ended(pid: int) -> bool:
-    """Whether a child is a zombie by now."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:

@@ -1,0 +1,63 @@
+"""The floor: the bare fused session in process, computing as many images at once as the callers of a cell have waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.bare import BareGraph
+from benchmarks.serving.perf_analyzer import Figures
+from benchmarks.throughput import BATCHES, Setting
+from service.config import DeviceConfig
+from service.engine import open_session
+
+
+def open_bare(graph: BareGraph) -> ort.InferenceSession:
+    """As the server opens it."""
+    return open_session(graph.content, DeviceConfig())
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `benchmarks.throughput` found of one setting with batches of one size."""
+
+    setting: Setting
+    batch: int
+    images_per_second: float
+
+
+def sweep(settings: Sequence[Setting], seconds: float) -> list[Swept]:
+    """Every setting with every batch size; one of several callers at once also with one of them alone."""
+    alone = [replace(each, name=f"{each.name}, one caller", callers=1) for each in settings if each.callers > 1]
+    return [
+        Swept(setting, batch, setting.images_per_second(batch, seconds)) for setting in (*settings, *alone) for batch in BATCHES
+    ]
+
+
+def fastest(found: Sequence[Swept], images: int) -> Swept:
+    """Of all that have no more than so many images in hand."""
+    return max((each for each in found if each.setting.callers * each.batch <= images), key=lambda each: each.images_per_second)
+
+
+def measure(swept: Swept, seconds: float) -> Figures:
+    """Its callers run batches over and over; latencies are those of single runs."""
+    setting = swept.setting
+    feeds = dict(setting.feeds) | {"image": setting.feeds["image"][: swept.batch]}
+    began = time.perf_counter()
+
+    def work(_: int) -> list[float]:
+        taken = []
+        while (start := time.perf_counter()) < began + seconds:
+            setting.session.run(None, feeds)
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    with ThreadPoolExecutor(setting.callers) as pool:
+        taken = [1000 * each for runs in pool.map(work, range(setting.callers)) for each in runs]
+    rate = len(taken) * swept.batch / (time.perf_counter() - began)
+    return Figures(rate, float(np.quantile(taken, 0.5)), float(np.quantile(taken, 0.99)))
