@@ -30,7 +30,7 @@ from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName
 from service.config import DecisionConfig, DeviceConfig, EnsembleConfig, ServiceConfig
-from service.engine import ComputeThreads, Engine, ProviderUnavailable, open_session
+from service.engine import Engine, Lanes, ProviderUnavailable, open_session
 from service.ensembles import compose_named
 from service.graph_cache import GraphCache
 
@@ -53,7 +53,7 @@ def main() -> None:
     settings = ServiceConfig.model_validate(read_config(given.config))
     bundle = read_bundle(settings.bundle_path, weights=False)
     print(f"bundle {bundle.manifest.name} {bundle.manifest.version}; {provenance()}")
-    with tempfile.TemporaryDirectory() as folder, closing(ComputeThreads(settings.device.threads)) as threads:
+    with tempfile.TemporaryDirectory() as folder, closing(Lanes(settings.device.threads)) as threads:
         engines = Engines(bundle, settings, GraphCache(Path(folder)), threads)
         try:
             agree = parity(engines, given.provider, given.images)
@@ -67,7 +67,7 @@ def main() -> None:
 class Engines:
     """The default ensemble under any rule, on any device."""
 
-    def __init__(self, bundle: Bundle, config: ServiceConfig, cache: GraphCache, threads: ComputeThreads) -> None:
+    def __init__(self, bundle: Bundle, config: ServiceConfig, cache: GraphCache, threads: Lanes) -> None:
         self.bundle, self._config, self._cache, self._threads = bundle, config, cache, threads
         self._name = next(iter(config.ensembles))
         self.rates = config.rates(self._name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from models.ensemble import Decision
-from service.engine import Images, Run
+from service.engine import Images, Run, Stop
 
 _COLUMNS = tuple(column.name for column in fields(Decision))
 
@@ -51,8 +51,8 @@ class Request:
     future: Future[Result] = field(default_factory=Future)
     taken: int = 0  # images already put into a run
     forgotten: bool = False  # what is left does not count as waiting any more
-    parts: list[Decision] = field(default_factory=list)
-    masks_seeds: tuple[int | None, ...] = ()
+    parts: dict[int, Run] = field(default_factory=dict)  # by their first image: they may be answered in any order
+    answered: int = 0  # images
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
     batch_size: int = 0
@@ -66,36 +66,55 @@ class Request:
             self.future.set_exception(error)
 
     def succeed(self) -> None:
-        decision = self.parts[0] if len(self.parts) == 1 else _joined(self.parts)
-        result = Result(decision, self.masks_seeds, self.queue_seconds, self.compute_seconds, self.batch_size)
+        runs = [self.parts[start] for start in sorted(self.parts)]
+        decision = runs[0].decision if len(runs) == 1 else _joined([run.decision for run in runs])
+        seeds = tuple(run.masks_seed for run in runs for _ in range(len(run.decision.label)))
+        result = Result(decision, seeds, self.queue_seconds, self.compute_seconds, self.batch_size)
         with contextlib.suppress(InvalidStateError):
             self.future.set_result(result)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A request's part of a batch."""
+    """A request's part of a batch: its images from `start` on."""
 
     request: Request
+    start: int
     images: Images
 
 
-def deliver(batch: Sequence[Share], run: Run, seconds: float) -> list[Request]:
-    """Give every request its rows of a run that took so long; those are returned that now have all, and were answered."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A batch that is being computed; none are anybody's who waits in a queue where a caller computes by itself."""
+
+    shares: Sequence[Share] = ()
+    stop: Stop | None = None
+
+    @property
+    def images(self) -> Images:
+        return self.shares[0].images if len(self.shares) == 1 else np.concatenate([share.images for share in self.shares])
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return bool(self.shares) and all(share.request.future.done() for share in self.shares)
+
+
+def book(batch: Sequence[Share], run: Run, seconds: float) -> list[Request]:
+    """Give every request its rows of a run that took so long; those are returned that now have all, to `succeed`."""
     images = len(run.decision.label)
     finished: list[Request] = []
-    start = 0
+    row = 0
     for share in batch:
         request, n = share.request, len(share.images)
-        request.parts.append(run.decision if n == images else _sliced(run.decision, start, start + n))
-        request.masks_seeds += (run.masks_seed,) * n
+        own = run if n == images else Run(_sliced(run.decision, row, row + n), run.masks_seed)
+        request.parts[share.start] = own
+        request.answered += n
         request.compute_seconds += seconds
         request.batch_size = max(request.batch_size, images)
-        start += n
-        if not request.left:
-            request.succeed()
+        row += n
+        if request.answered == len(request.images):
             finished.append(request)
-    assert start == images, f"{start} images in, {images} answers out"
+    assert row == images, f"{row} images in, {images} answers out"
     return finished
 
 

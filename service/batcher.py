@@ -1,15 +1,16 @@
 """One queue in front of one engine: requests wait here and nowhere else, and are computed together.
 
-Who finds nobody computing and nobody to wait for computes in its own thread (`compute_now`): the way to the queue's
-thread and back would cost a lone caller more than it could gain. Everybody else queues (`submit`).
+A run takes a lane (service/engine.py). Who finds a lane free and nobody to wait for computes in its own thread
+(`compute_now`): the way to the queue's thread and back would cost a lone caller more than it could gain. Everybody else
+queues (`submit`).
 
-When does a batch start? While a run is under way, requests gather; when it ends, all of them go at once. A request
-that finds the engine idle waits only for callers who were answered together a moment ago and are likely to come back:
-until as many requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone caller
-never waits, and callers in step stay in step.
+When does a batch start? While all lanes are taken, requests gather; when one is free, all of them go at once, in equal parts if
+several are free. A request that finds a lane free waits only for callers who were answered together a moment ago and are likely
+to come back: until as many requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone
+caller never waits, and callers in step stay in step.
 
-A large request is split into runs of `max_batch_size` and rejoined; after each of its runs it goes to the back of the
-queue, so that the requests behind it wait for one run and not for all of it. Callers who are known take turns
+A large request is split into runs, which other lanes may compute at the same time, and rejoined; it goes to the back of the
+queue after each, so that the requests behind it wait for one run and not for all of it. Callers who are known take turns
 (service/fair_queue.py). A run that nobody waits for any more is stopped.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -28,9 +30,9 @@ from typing import Protocol
 
 import numpy as np
 
-from service.batch import DeadlineExceeded, Draining, QueueFull, Request, Result, Share, deliver
+from service.batch import DeadlineExceeded, Draining, Flight, QueueFull, Request, Result, Share, book
 from service.config import BatchingConfig
-from service.engine import Images, Run, Stop, Stopped
+from service.engine import Images, Lanes, Run, Stop, Stopped
 from service.fair_queue import FairQueue, Holdings
 from service.metrics import Closed, EnsembleMetrics
 
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 class Computes(Protocol):
     """What a batcher needs of an engine. `input_shape` is (height, width, channels)."""
 
+    lanes: Lanes
+    most_at_once: int  # images that are worth to be in one run
+
     @property
     def input_shape(self) -> tuple[int, int, int]: ...
 
@@ -49,7 +54,7 @@ class Computes(Protocol):
 
 
 class Batcher:
-    """Thread-safe `submit`; one thread of its own that computes."""
+    """Thread-safe; one thread of its own that makes batches."""
 
     def __init__(
         self,
@@ -60,17 +65,18 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine, self._limits, self._metrics, self._clock = engine, limits, metrics, clock
+        self._lanes = engine.lanes
+        self._most = min(limits.max_batch_size, engine.most_at_once)  # images of one run
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()  # None: look at _draining
-        self._lock = threading.Lock()  # guards _backlog, _running, _waiting and _draining
+        self._lock = threading.Lock()  # guards _backlog, _flights, _waiting and _draining
         self._backlog = FairQueue()  # out of the inbox, not yet wholly put into runs
-        self._running: Sequence[Share] = ()
-        self._stop: Stop | None = None  # of the run of `_running`
+        self._flights: set[Flight] = set()  # being computed
+        self._landed = threading.Condition(self._lock)
         self._waiting = Holdings(limits.max_queue)  # images submitted and not yet put into a run
         self._draining = False
-        self._seconds_per_image = 0.0  # running mean; 0 before the first run
+        self._seconds_per_image = 0.0  # of one lane, running mean; 0 before the first run
         self._last_requests, self._last_end = 0, 0.0  # answered by the last run or waiting at its end; when that was
         self._disappointments, self._impatient = 0, 0  # waits in vain in a row; runs not to wait before, on that account
-        self._turn = threading.Lock()  # held by whoever computes
         self._thread = threading.Thread(target=self._serve, name=f"batcher-{name}", daemon=True)
         self._thread.start()
 
@@ -90,7 +96,7 @@ class Batcher:
         n = len(images)
         with self._lock:
             self._refuse_if_draining()
-            wait = self._waiting.total * self._seconds_per_image
+            wait = self._waiting.total * self._seconds_per_image / self._lanes.count
             if deadline is not None and request.submitted + wait >= deadline:
                 left = max(deadline - request.submitted, 0)
                 raise DeadlineExceeded(f"{left:.3f} s are left, and the work queued before takes about {wait:.3f} s")
@@ -102,17 +108,22 @@ class Batcher:
         return request.future
 
     def compute_now(self, images: Images, deadline: float | None = None, stop: Stop | None = None) -> Result | None:
-        """Compute in the caller's own thread what need not wait for anybody; None where it must: then `submit`.
+        """Compute in the caller's own thread what need not wait for anybody and what no two lanes could share; None where it
+        must: then `submit`.
 
         Raises DeadlineExceeded where `deadline`, a time of the clock, would pass before the end; Draining; CancelledError
         where `stop` ended it; or what the engine raised.
         """
         self._check(images)
         n = len(images)
-        if self._company() > 1 or self._waiting.total or n > self._limits.max_batch_size or not self._turn.acquire(blocking=False):
+        alone = n <= self._most and (n == 1 or self._lanes.count == 1) and self._company() <= 1 and not self._waiting.total
+        if not alone or not self._lanes.enter(wait=False):
             return None
+        flight = Flight(stop=stop)
         try:
-            self._refuse_if_draining()
+            with self._lock:
+                self._refuse_if_draining()
+                self._flights.add(flight)
             needed = n * self._seconds_per_image
             if deadline is not None and (left := deadline - self._clock()) <= needed:
                 self._seconds_per_image *= 0.9  # one slow run must not refuse everybody for good
@@ -121,7 +132,7 @@ class Batcher:
         except Stopped:
             raise CancelledError from None
         finally:
-            self._turn.release()
+            self._land(flight)
         self._measure(run, [(0.0, seconds)])
         return Result(run.decision, (run.masks_seed,) * n, 0.0, seconds, n)
 
@@ -132,20 +143,21 @@ class Batcher:
             self._draining = True
             self._inbox.put(None)
         self._thread.join(timeout)
-        idle = self._turn.acquire(timeout=-1 if end is None else max(0.0, end - time.monotonic()))  # a caller may compute, too
-        if idle:
-            self._turn.release()
-        with self._lock:
+        with self._landed:
+            self._landed.wait_for(lambda: not self._flights, None if end is None else max(0.0, end - time.monotonic()))
             self._receive_all()
-            if self._stop is not None and not idle:
-                self._stop.now()
-            abandoned = [*self._backlog, *(share.request for share in self._running)]
+            abandoned = [*self._backlog]
+            for flight in self._flights:
+                abandoned += [share.request for share in flight.shares]
+                if flight.shares and flight.stop is not None:
+                    flight.stop.now()
+            finished = not self._flights and not abandoned
             self._backlog.clear()
             self._waiting.clear()
             self._inbox.put(None)  # the thread's own may just have been received here
         for request in abandoned:
             request.fail(Draining("this server shut down before the request was computed"))
-        return idle and not abandoned
+        return finished
 
     def _check(self, images: Images) -> None:
         shape = self._engine.input_shape
@@ -166,11 +178,15 @@ class Batcher:
             if not self._backlog:
                 self._receive(None)
                 continue
+            self._lanes.await_free()
             closed = self._wait_for_company()
-            with self._turn:
-                if batch := self._take():
-                    self._metrics.closed(closed)
-                    self._compute(batch)
+            self._lanes.enter()
+            flight = self._take()
+            if flight is None:
+                self._lanes.leave()
+            else:
+                self._metrics.closed(closed)
+                self._lanes.compute(partial(self._compute, flight))
 
     def _receive(self, seconds: float | None) -> bool:
         """Move one request from the inbox to the backlog, waiting for it at most so long, or without end."""
@@ -202,7 +218,7 @@ class Batcher:
         self._impatient = max(0, self._impatient - 1)
         while len(self._backlog) < company and not self._draining:
             left = until - self._clock()
-            full = sum(request.left for request in self._backlog) >= self._limits.max_batch_size
+            full = sum(request.left for request in self._backlog) >= self._most * self._lanes.count
             hurried = any(request.deadline is not None and request.deadline < until for request in self._backlog)
             if full or hurried:
                 return Closed.FULL if full else Closed.DEADLINE
@@ -214,23 +230,27 @@ class Batcher:
             self._disappointments = 0
         return Closed.READY
 
-    def _take(self) -> list[Share]:
-        """A batch from all that has arrived, the same number of images for every caller who has as many waiting, each
-        caller's in their order; leaves out who does not wait any more.
+    def _take(self) -> Flight | None:
+        """A batch from all that has arrived, an equal part of it where more lanes are free; the same number of images for every
+        caller who has as many waiting, each caller's in their order; leaves out who does not wait any more.
         """
         batch: list[Share] = []
         expired: list[Request] = []
-        room, now = self._limits.max_batch_size, self._clock()
+        now = self._clock()
         with self._lock:
             self._receive_all()
+            room = min(self._most, max(1, math.ceil(self._waiting.total / (1 + self._lanes.free))))
             portion = max(1, room // max(1, self._backlog.callers))
             while self._backlog and room:
                 with self._backlog.turn() as requests:
                     room -= self._portion(requests, min(portion, room), now, batch, expired)
-            self._running, self._stop = batch, Stop()
+            flight = Flight(batch, Stop()) if batch else None
+            if flight is not None:
+                self._flights.add(flight)
+                self._last_requests -= len(batch)  # of those who are likely to come, these did
         for request in expired:
             request.fail(DeadlineExceeded(f"the deadline passed after {now - request.submitted:.3f} s in the queue"))
-        return batch
+        return flight
 
     def _portion(self, requests: deque[Request], most: int, now: float, batch: list[Share], expired: list[Request]) -> int:
         """Move at most so many images of one caller's into the batch; how many it were. The caller holds the lock."""
@@ -242,7 +262,7 @@ class Batcher:
                 expired.append(request)
                 continue
             n = min(left, request.left)
-            batch.append(Share(request, request.images[request.taken : request.taken + n]))
+            batch.append(Share(request, request.taken, request.images[request.taken : request.taken + n]))
             if request.taken == 0:
                 request.queue_seconds = now - request.submitted
             request.taken += n
@@ -259,32 +279,42 @@ class Batcher:
             request.forgotten = True
             self._waiting.remove(request.caller, request.left)
 
-    def _compute(self, batch: Sequence[Share]) -> None:
-        """One run; whatever goes wrong in it is the answer of its requests, and of nobody else."""
+    def _compute(self, flight: Flight) -> None:
+        """One run, in a lane; whatever goes wrong in it is the answer of its requests, and of nobody else."""
+        shares = flight.shares
         try:
-            images = batch[0].images if len(batch) == 1 else np.concatenate([share.images for share in batch])
-            run, seconds = self._run(images, len(batch), self._stop)
-            finished = deliver(batch, run, seconds)
+            run, seconds = self._run(flight.images, len(shares), flight.stop)
+            with self._lock:
+                finished = book(shares, run, seconds)
+            for request in finished:
+                request.succeed()
             self._measure(run, [(request.queue_seconds, request.compute_seconds) for request in finished])
         except Stopped:  # by the last who awaited it
-            for share in batch:
+            for share in shares:
                 share.request.future.cancel()
         except Exception as error:
-            log.exception("a run of %d requests failed", len(batch))
-            for share in batch:
+            log.exception("a run of %d requests failed", len(shares))
+            for share in shares:
                 share.request.fail(error)
         finally:
-            with self._lock:
-                self._running, self._stop = (), None
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """The run is over, and its lane free."""
+        self._lanes.leave()
+        with self._landed:
+            self._flights.discard(flight)
+            self._landed.notify_all()
 
     def _given_up(self, request: Request, future: Future[Result]) -> None:
-        """A request ended; if it gave up, its place is free, and if all its batch-mates did, their run is stopped."""
+        """A request ended; if it gave up, its place is free, and a run that nobody waits for any more is stopped."""
         if not future.cancelled():
             return
         with self._lock:
             self._forget(request)
-            if self._stop is not None and all(share.request.future.done() for share in self._running):
-                self._stop.now()
+            for flight in self._flights:
+                if flight.stop is not None and flight.abandoned():
+                    flight.stop.now()
 
     def _measure(self, run: Run, finished: Sequence[tuple[float, float]]) -> None:
         """A run, and the requests that are answered by it: their seconds in the queue, and of computing."""
@@ -294,7 +324,7 @@ class Batcher:
             self._metrics.compute(computed)
 
     def _run(self, images: Images, requests: int, stop: Stop | None = None) -> tuple[Run, float]:
-        """The answers and the seconds they took; the caller has the turn."""
+        """The answers and the seconds they took; the caller has a lane."""
         began = self._clock()
         run = self._engine.run(images, stop=stop)
         self._last_end, self._last_requests = self._clock(), requests + len(self._backlog) + self._inbox.qsize()

@@ -244,6 +244,7 @@ class ServiceConfig(_Section):
     signature: SignatureConfig | None = None  # None: whoever can write the folder is trusted
     listen: Annotated[Address, BeforeValidator(_address)] = Address("127.0.0.1", 50051)
     metrics: Annotated[Address | None, BeforeValidator(_switched_off)] = Address("127.0.0.1", 9100)
+    front_end: Literal["grpcio", "native"] = "grpcio"  # native: faster, plain text only; needs the extra `native`
     workers: int = Field(1, ge=1, le=256)  # processes that share the port; limits and quotas are each one's own
     insecure: bool = False
     tls: TlsConfig | None = None
@@ -269,6 +270,14 @@ class ServiceConfig(_Section):
                     f"`{key}: {address}` is reachable from other machines, without encryption: "
                     f"set `tls: {{certificate: FILE, key: FILE}}`, or say `insecure: true`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _native_is_plain(self) -> Self:
+        if self.front_end == "native" and self.tls is not None:
+            raise ValueError("`front_end: native` speaks no TLS: leave it out, or have a proxy before it and leave `tls` out")
+        if self.front_end == "native" and self.limits.max_connection_age_seconds is not None:
+            raise ValueError("`front_end: native` closes no connection by its age: leave out `limits.max_connection_age_seconds`")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +28,6 @@ log = logging.getLogger(__name__)
 
 Images = NDArray[np.uint8]  # (n, height, width, channels)
 Floats = NDArray[np.float32]
-Outputs = list[NDArray[Any]]  # one for every column of a decision
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Images in one run of a CPU session. Larger runs are slower: two threads computed batches of 64 of the default bundle 14% faster
@@ -65,40 +66,67 @@ class Stop:
         self.options.terminate = True
 
 
-class ComputeThreads:
-    """The threads that compute, for all engines of a process together: as many as cores, however many ensembles."""
+class Lanes:
+    """Where runs are computed: so many at once, for all engines of a process together, however many those are."""
 
     def __init__(self, count: int = 0) -> None:
         """`count` 0: as many as this process may use cores."""
         self.count = count or cores()
-        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
+        self.free = self.count
+        self._changed = threading.Condition()
+        self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
 
-    def map(self, work: Callable[[Images], Outputs], parts: Sequence[Images]) -> list[Outputs]:
-        return list(self._pool.map(work, parts))
+    def enter(self, wait: bool = True) -> bool:
+        """Take a lane, which whoever took it must `leave`; False where none is free and none is waited for."""
+        with self._changed:
+            while not self.free:
+                if not wait:
+                    return False
+                self._changed.wait()
+            self.free -= 1
+        return True
+
+    def await_free(self) -> None:
+        """Return when a lane is free, without taking it."""
+        with self._changed:
+            while not self.free:
+                self._changed.wait()
+
+    def leave(self) -> None:
+        with self._changed:
+            self.free += 1
+            self._changed.notify_all()
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """Do the work in a thread of ours; the caller has taken a lane, and the work leaves it."""
+        self._threads.submit(work)
 
     def close(self) -> None:
         """Nothing can be computed any more."""
-        self._pool.shutdown()
+        self._threads.shutdown()
 
 
 class Engine:
     """Classifies batches of images; safe to share between threads.
 
-    On the CPU a batch is divided among threads, each of which runs the whole graph on its parts. Threads that share every
+    On the CPU every run has one thread, and as many runs are under way at once as there are lanes. Threads that share every
     convolution instead, as ONNX Runtime has it, wait for each other some thirty times a run: two of them gained nothing
-    below batches of 64, at a third more CPU, unless they waited in a busy loop.
+    below batches of 64, at a third more CPU, unless they waited in a busy loop. Runs that begin and end together wait for each
+    other, too, and for all their callers: with a lane each, one computes while the other's answers are on their way.
     """
 
-    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, threads: ComputeThreads) -> None:
-        """`graph` is the fused graph of `ensemble` over `bundle`; `threads` may be those of other engines, too.
+    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, lanes: Lanes) -> None:
+        """`graph` is the fused graph of `ensemble` over `bundle`; `lanes` may be those of other engines, too.
 
         Raises ProviderUnavailable, or InvalidBundle where the self-test fails.
         """
         manifest = bundle.manifest
         self.input_shape = manifest.input.shape  # (height, width, channels)
-        self._threads = threads
         self._session = open_session(graph, device)
         self.provider: str = self._session.get_providers()[0]
+        on_cpu = self.provider != CUDA
+        self.lanes = lanes if on_cpu else Lanes(1)  # a GPU divides a run by itself
+        self.most_at_once = MOST_AT_ONCE if on_cpu else sys.maxsize  # images that are worth to be in one run
         self.fallback = _falls_back(self.provider, device)
         stochastic = (manifest.member(name).stochastic for name in ensemble.members)
         self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
@@ -120,27 +148,16 @@ class Engine:
         return Run(self._decide(images, {"masks": masks}, stop), masks_seed)
 
     def _decide(self, images: Images, masks: dict[str, Any], stop: Stop | None) -> Decision:
-        shares = 1 if self.provider == CUDA else shares_of(len(images), self._threads.count)
-        options = None if stop is None else stop.options
-        run = self._session.run
         try:
-            if shares == 1:
-                return Decision(*run(_COLUMNS, {"image": images} | masks, options))
-            parts = self._threads.map(lambda part: run(_COLUMNS, {"image": part} | masks, options), np.array_split(images, shares))
+            return Decision(*self._session.run(_COLUMNS, {"image": images} | masks, None if stop is None else stop.options))
         except Exception:
             if stop is not None and stop.asked:
                 raise Stopped from None
             raise
-        return Decision(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _draw(self, seed: int) -> Floats | None:
         spec = self._masks_spec
         return draw_masks(seed, spec.samples, spec.width, spec.keep) if spec else None
-
-
-def shares_of(images: int, threads: int) -> int:
-    """In how many parts a batch is computed: as many for each thread, and none of more than MOST_AT_ONCE images."""
-    return min(images, threads * math.ceil(images / (threads * MOST_AT_ONCE)))
 
 
 def cores() -> int:

@@ -20,7 +20,7 @@ from models.ensemble import Ensemble
 from models.self_test import check_member
 from service.batcher import Batcher
 from service.config import DeviceConfig, ServiceConfig
-from service.engine import ComputeThreads, Engine, ProviderUnavailable
+from service.engine import Engine, Lanes, ProviderUnavailable
 from service.graph_cache import GraphCache, user_cache
 from service.metrics import EnsembleFacts, EnsembleMetrics, Metrics
 
@@ -40,11 +40,11 @@ class LoadedEnsemble:
 class Ensembles(Mapping[str, LoadedEnsemble]):
     """By name, in the order of the config; the first is the default."""
 
-    def __init__(self, bundle: Bundle, card: Card | None, loaded: Mapping[str, LoadedEnsemble], threads: ComputeThreads) -> None:
+    def __init__(self, bundle: Bundle, card: Card | None, loaded: Mapping[str, LoadedEnsemble], lanes: Lanes) -> None:
         self.bundle = bundle  # without the members' files, which nobody needs once the graphs are loaded
         self.card = card
         self._loaded = MappingProxyType(dict(loaded))
-        self._threads = threads
+        self._lanes = lanes
 
     @property
     def default(self) -> LoadedEnsemble:
@@ -72,7 +72,7 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
             drained = pool.map(lambda each: each.batcher.drain(end and max(0.0, end - time.monotonic())), self.values())
             finished = all(list(drained))
         if finished:
-            self._threads.close()
+            self._lanes.close()
         return finished
 
     def close(self) -> None:
@@ -94,23 +94,23 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
         cache = GraphCache(user_cache(os.environ))
     bundle = read_trusted(config)
     card = read_card(bundle.manifest, bundle.documents)
-    threads = ComputeThreads(config.device.threads)
+    lanes = Lanes(config.device.threads)
     loaded: dict[str, LoadedEnsemble] = {}
     try:
         ready: list[tuple[Ensemble, Engine]] = []
         for name in config.ensembles:
             ensemble = compose_named(bundle, config, name)
-            ready.append((ensemble, _engine(bundle, ensemble, config.device, cache, threads)))
+            ready.append((ensemble, _engine(bundle, ensemble, config.device, cache, lanes)))
         for ensemble, engine in ready:
             loaded[ensemble.name] = _start(ensemble, engine, config, metrics)
     except BaseException:
         for each in loaded.values():
             each.batcher.drain(0.0)
-        threads.close()
+        lanes.close()
         raise
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
-    return Ensembles(bundle, card, loaded, threads)
+    return Ensembles(bundle, card, loaded, lanes)
 
 
 def read_trusted(config: ServiceConfig) -> Bundle:
@@ -123,9 +123,9 @@ def read_trusted(config: ServiceConfig) -> Bundle:
     return read_bundle(path, weights=False, told=lambda files: verify(path, files, key))
 
 
-def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, threads: ComputeThreads) -> Engine:
+def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, lanes: Lanes) -> Engine:
     try:
-        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads)
+        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, lanes)
     except (InvalidBundle, ProviderUnavailable):
         raise
     except Exception as error:  # of ONNX, spox or ONNX Runtime: theirs have no common base

@@ -30,7 +30,7 @@ from service.servicers.health import Health
 log = logging.getLogger(__name__)
 
 # What a port, a process, a pool of threads or a connection was made with.
-AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown", "workers")
+AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown", "workers", "front_end")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
 

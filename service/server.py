@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Self, cast
@@ -65,7 +65,7 @@ class Server:
         ProcessCollector(registry=self.metrics.registry)
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
         options = _options(config, share_port=together is not None)
-        self._server = grpc.server(self._pool, options=options, interceptors=[Doorkeeper(lambda: self._gate)])
+        self._server = front_end(config, self._pool, options, lambda: self._gate)
         self._ended = ExitStack()  # what must be undone, last first
         with ExitStack() as started:
             started.callback(self._pool.shutdown)
@@ -171,6 +171,19 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.drain()
+
+
+def front_end(
+    config: ServiceConfig, pool: ThreadPoolExecutor, options: Sequence[tuple[str, int]], gate: Callable[[], Gate]
+) -> grpc.Server:
+    """What reads and writes messages; `gate` is asked once calls come in. Raises CannotListen where it is not installed."""
+    if config.front_end == "grpcio":
+        return grpc.server(pool, options=options, interceptors=[Doorkeeper(gate)])
+    try:
+        import pygrpc_native  # the extra `native`
+    except ImportError:
+        raise CannotListen("front_end: native needs another package: pip install 'phalanx-ensemble[native]'") from None
+    return cast(grpc.Server, pygrpc_native.server(pool, options=options))  # reads messages where no thread of ours waits for it
 
 
 def _options(config: ServiceConfig, share_port: bool = False) -> list[tuple[str, int]]:

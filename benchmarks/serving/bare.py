@@ -24,30 +24,30 @@ def open_bare(graph: BareGraph) -> ort.InferenceSession:
 
 @dataclass(frozen=True)
 class Swept:
-    """What `benchmarks.throughput` found of one setting with batches of one size."""
+    """What `benchmarks.throughput` found of a setting with batches of one size."""
 
     setting: Setting
-    batch: int
     images_per_second: float
 
 
 def sweep(settings: Sequence[Setting], seconds: float) -> list[Swept]:
     """Every setting with every batch size; one of several callers at once also with one of them alone."""
     alone = [replace(each, name=f"{each.name}, one caller", callers=1) for each in settings if each.callers > 1]
-    return [
-        Swept(setting, batch, setting.images_per_second(batch, seconds)) for setting in (*settings, *alone) for batch in BATCHES
-    ]
+    sized = [replace(setting, batch=batch) for setting in (*settings, *alone) for batch in BATCHES]
+    return [Swept(setting, setting.images_per_second(seconds)) for setting in sized]
 
 
 def fastest(found: Sequence[Swept], images: int) -> Swept:
     """Of all that have no more than so many images in hand."""
-    return max((each for each in found if each.setting.callers * each.batch <= images), key=lambda each: each.images_per_second)
+    return max(
+        (each for each in found if each.setting.callers * each.setting.batch <= images), key=lambda each: each.images_per_second
+    )
 
 
 def measure(swept: Swept, seconds: float) -> Figures:
     """Its callers run batches over and over; latencies are those of single runs."""
     setting = swept.setting
-    feeds = dict(setting.feeds) | {"image": setting.feeds["image"][: swept.batch]}
+    feeds = dict(setting.feeds) | {"image": setting.feeds["image"][: setting.batch]}
     began = time.perf_counter()
 
     def work(_: int) -> list[float]:
@@ -59,5 +59,5 @@ def measure(swept: Swept, seconds: float) -> Figures:
 
     with ThreadPoolExecutor(setting.callers) as pool:
         taken = [1000 * each for runs in pool.map(work, range(setting.callers)) for each in runs]
-    rate = len(taken) * swept.batch / (time.perf_counter() - began)
+    rate = len(taken) * setting.batch / (time.perf_counter() - began)
     return Figures(rate, float(np.quantile(taken, 0.5)), float(np.quantile(taken, 0.99)))

@@ -199,7 +199,8 @@ def test_peers_that_were_not_made_are_told_how_to(tmp_path: Path) -> None:
 
 def test_the_bare_session_takes_no_more_images_than_are_waiting(graph: BareGraph) -> None:
     two = Setting("two", bare.open_bare(graph), 2, {})
-    swept = [bare.Swept(two, 1, 10.0), bare.Swept(two, 8, 40.0), bare.Swept(replace(two, callers=1), 8, 30.0)]
+    eights = replace(two, batch=8)
+    swept = [bare.Swept(two, 10.0), bare.Swept(eights, 40.0), bare.Swept(replace(eights, callers=1), 30.0)]
     assert [bare.fastest(swept, images).images_per_second for images in (2, 8, 16)] == [10.0, 30.0, 40.0]
 
 

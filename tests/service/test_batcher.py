@@ -20,7 +20,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Decision
 from service.batcher import Batcher, DeadlineExceeded, Draining, QueueFull, Result
 from service.config import BatchingConfig, DeviceConfig
-from service.engine import ComputeThreads, Engine, Images, Run, Stop, Stopped
+from service.engine import Engine, Images, Lanes, Run, Stop, Stopped
 from service.graph import build_graph
 from service.metrics import Closed, EnsembleFacts, Metrics
 from tests.bundles import random_images, write_tiny_bundle
@@ -34,6 +34,7 @@ class GatedEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.input_shape = engine.input_shape
+        self.lanes, self.most_at_once = Lanes(1), engine.most_at_once
         self.runs: list[int] = []  # images in each
         self.callers: set[int] = set()  # threads
         self.entered = threading.Semaphore(0)  # once for every run that began
@@ -76,20 +77,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return read_bundle(write_tiny_bundle(tmp_path_factory.mktemp("batcher") / "bundle"))
 
 
-def load(bundle: Bundle, threads: ComputeThreads, **choice: Any) -> Engine:
+def load(bundle: Bundle, threads: Lanes, **choice: Any) -> Engine:
     ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
     return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu"), threads)
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[ComputeThreads]:
-    threads = ComputeThreads(2)
+def threads() -> Iterator[Lanes]:
+    threads = Lanes(2)
     yield threads
     threads.close()
 
 
 @pytest.fixture(scope="module")
-def real(bundle: Bundle, threads: ComputeThreads) -> Engine:
+def real(bundle: Bundle, threads: Lanes) -> Engine:
     return load(bundle, threads)
 
 
@@ -438,7 +439,7 @@ def test_images_of_another_shape_or_type_are_refused(engine: GatedEngine, broken
         queue.submit(broken)
 
 
-def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, threads: ComputeThreads, images: Images) -> None:
+def test_fresh_masks_are_those_of_the_seed_in_the_answer(bundle: Bundle, threads: Lanes, images: Images) -> None:
     fresh = load(bundle, threads, masks="fresh")
     with batcher(GatedEngine(fresh), max_batch_size=4) as queue:
         result = queue.submit(images[:12]).result(SECONDS)

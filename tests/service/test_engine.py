@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +14,10 @@ import pytest
 
 from models.bundle import Bundle, InvalidBundle, read_bundle
 from models.composition import EnsembleChoice, compose
-from models.ensemble import Decision, DetectorName
+from models.ensemble import DetectorName
 from models.masks import draw_masks
 from service.config import DeviceConfig
-from service.engine import CPU, CUDA, MOST_AT_ONCE, ComputeThreads, Engine, ProviderUnavailable, cores, shares_of
+from service.engine import CPU, CUDA, MOST_AT_ONCE, Engine, Lanes, ProviderUnavailable, cores
 from service.graph_cache import GraphCache
 from tests.bundles import MASKS, MASKS_SEED, random_images, write_tiny_bundle
 
@@ -30,15 +31,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 class Load(Protocol):
-    def __call__(self, bundle: Bundle, device: DeviceConfig = ..., threads: ComputeThreads = ..., **choice: Any) -> Engine: ...
+    def __call__(self, bundle: Bundle, device: DeviceConfig = ..., threads: Lanes = ..., **choice: Any) -> Engine: ...
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
     """Makes engines; a graph that is asked for twice is built once."""
-    cache, single = GraphCache(tmp_path_factory.mktemp("cache")), ComputeThreads(1)
+    cache, single = GraphCache(tmp_path_factory.mktemp("cache")), Lanes(1)
 
-    def load(bundle: Bundle, device: DeviceConfig = ON_CPU, threads: ComputeThreads = single, **choice: Any) -> Engine:
+    def load(bundle: Bundle, device: DeviceConfig = ON_CPU, threads: Lanes = single, **choice: Any) -> Engine:
         ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
         return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads)
 
@@ -67,19 +68,6 @@ def test_batched_equals_unbatched(engine: Engine, bundle: Bundle) -> None:
         alone = engine.run(images[row : row + 1]).decision
         np.testing.assert_allclose(alone.probabilities[0], together.probabilities[row], atol=1e-5)
         np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("count", "n"), [(2, 7), (3, 7), (16, 7), (2, 41), (3, 41)])
-def test_a_divided_batch_is_answered_as_by_one_thread(load: Load, engine: Engine, bundle: Bundle, count: int, n: int) -> None:
-    threads = ComputeThreads(count)
-    images = random_images(bundle.manifest.input, n, seed=3)
-    divided, whole = load(bundle, threads=threads).run(images), engine.run(images)
-    assert divided.masks_seed == whole.masks_seed
-    for column in fields(Decision):
-        got, expected = getattr(divided.decision, column.name), getattr(whole.decision, column.name)
-        assert got.dtype == expected.dtype
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=column.name)
-    threads.close()
 
 
 def test_fixed_masks_are_the_bundles_and_answers_repeat(engine: Engine, bundle: Bundle) -> None:
@@ -196,13 +184,31 @@ def test_a_member_that_answers_nan_is_refused(load: Load, bundle: Bundle) -> Non
         load(replace(bundle, samples=replace(bundle.samples, expected=expected)))
 
 
-@pytest.mark.parametrize(
-    ("images", "threads", "shares"),
-    [(1, 2, 1), (2, 2, 2), (3, 16, 3), (16, 1, 1), (17, 1, 2), (32, 2, 2), (33, 2, 4), (64, 2, 4), (64, 3, 6), (4096, 2, 256)],
-)
-def test_every_thread_gets_as_many_parts_and_no_part_is_large(images: int, threads: int, shares: int) -> None:
-    assert shares_of(images, threads) == shares
-    assert images / shares <= MOST_AT_ONCE
+def test_lanes_are_taken_until_none_is_free_and_waited_for() -> None:
+    lanes = Lanes(2)
+    assert lanes.enter()
+    assert lanes.enter(wait=False)
+    assert not lanes.enter(wait=False)
+    assert lanes.free == 0
+    entered = threading.Event()
+
+    def enter() -> None:
+        lanes.await_free()
+        lanes.enter()
+        entered.set()
+
+    waiting = threading.Thread(target=enter)
+    waiting.start()
+    assert not entered.wait(0.05)
+    lanes.leave()
+    assert entered.wait(10)
+    waiting.join()
+    assert lanes.free == 0
+    lanes.close()
+
+
+def test_a_run_on_the_cpu_is_small(engine: Engine) -> None:
+    assert engine.most_at_once == MOST_AT_ONCE
 
 
 def test_threads_are_no_more_than_the_cores_this_process_may_use() -> None:
