@@ -4,7 +4,7 @@
 
 First, single images and batches of 32 by several callers, each over a connection of its own, from servers of one worker and
 more in turns. Then workers are killed (SIGKILL), one after the other, under callers who make a call once more where it fails
-with UNAVAILABLE, waiting for a connection. Ends with 1 where such a call was lost, or answered with another label.
+with UNAVAILABLE, a tenth of a second later and waiting for a connection. Ends with 1 where such a call was lost, or answered with another label.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 ASKED = ((1, 1), (1, 16), (1, 64), (32, 4), (32, 16))  # images per call, callers
 BACK_SECONDS = 30.0
+PAUSE = 0.1  # before a call is made once more, as gRPC's own retries have it
 
 
 def main() -> None:
@@ -104,6 +105,7 @@ def kill(server: Process, kills: int, workers: int) -> int:
                         if error.code() is not grpc.StatusCode.UNAVAILABLE:
                             raise
                         end = "answered when asked once more"
+                        time.sleep(PAUSE)
                         answer = classify(asked, timeout=20, wait_for_ready=True)
                     if labels(answer) != right:
                         end = "wrong"

@@ -327,8 +327,10 @@ class Batcher:
         """The answers and the seconds they took; the caller has a lane."""
         began = self._clock()
         run = self._engine.run(images, stop=stop)
-        self._last_end, self._last_requests = self._clock(), requests + len(self._backlog) + self._inbox.qsize()
-        seconds = self._last_end - began
+        ended = self._clock()
+        with self._lock:
+            self._last_end, self._last_requests = ended, requests + len(self._backlog) + self._inbox.qsize()
+        seconds = ended - began
         recent = seconds / len(images)
         self._seconds_per_image += (recent - self._seconds_per_image) * (0.2 if self._seconds_per_image else 1.0)
         return run, seconds

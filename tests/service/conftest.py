@@ -23,7 +23,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> GraphCache:
     return GraphCache(tmp_path_factory.mktemp("graphs"))
 
 
-@pytest.fixture(scope="session")
-def running(tiny_bundle: Path, graphs: GraphCache) -> Iterator[Running]:
-    with serving(tiny_bundle, graphs) as server:
+@pytest.fixture(scope="session", params=["grpcio", "native"])
+def running(tiny_bundle: Path, graphs: GraphCache, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """Behind either front end: callers must not notice which."""
+    with serving(tiny_bundle, graphs, front_end=request.param) as server:
         yield server

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ class GatedEngine:
     """A real engine whose runs a test can hold, watch and break."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._lock = engine, threading.Lock()
         self.input_shape = engine.input_shape
         self.lanes, self.most_at_once = Lanes(1), engine.most_at_once
         self.runs: list[int] = []  # images in each
@@ -45,13 +47,14 @@ class GatedEngine:
         self.stopped: list[int] = []  # numbers of the runs that were stopped
 
     def run(self, images: Images, *, stop: Stop | None = None) -> Run:
-        self.runs.append(len(images))
+        with self._lock:
+            self.runs.append(len(images))
+            number = len(self.runs)
         self.callers.add(threading.get_ident())
         self.entered.release()
         assert self.gate.wait(SECONDS)
         if self.error is not None:
             raise self.error
-        number = len(self.runs)
         self.before(number)
         try:
             return self._engine.run(images, stop=stop)
@@ -606,3 +609,97 @@ def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, im
             else:
                 break
         assert 1 <= refusals < 20
+
+
+# --- several lanes
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads change as often as they can, so that races show."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_lanes_swap_lose_and_repeat_nothing(engine: GatedEngine, images: Images, alone: list[Decision]) -> None:
+    """Requests of one image to more than a run holds, some given up, some computed by their callers, in three lanes."""
+    engine.lanes, engine.most_at_once = Lanes(3), 4
+    with batcher(engine, max_delay_ms=0.5) as queue:
+
+        def ask(caller: int) -> int:
+            draw, answered = random.Random(caller), 0
+            for _ in range(40):
+                rows = [draw.randrange(len(images)) for _ in range(draw.choice((1, 1, 2, 3, 5, 13)))]
+                expected = [alone[row] for row in rows]
+                result = queue.compute_now(images[rows]) if len(rows) == 1 else None
+                if result is None:
+                    future = queue.submit(images[rows], caller=f"caller {caller % 3}")
+                    if draw.random() < 0.1 and future.cancel():
+                        continue
+                    result = future.result(SECONDS)
+                assert_same(result, expected)
+                assert len(result.masks_seeds) == len(rows)
+                answered += 1
+            return answered
+
+        with ThreadPoolExecutor(10) as pool:
+            assert sum(pool.map(ask, range(10))) > 300
+        assert queue.depth() == 0
+    assert max(engine.runs) <= 4
+    assert engine.lanes.free == 3
+
+
+def test_what_waits_is_divided_among_the_lanes_that_are_free(engine: GatedEngine, images: Images) -> None:
+    engine.lanes = Lanes(2)
+    with batcher(engine) as queue:
+        with engine.held():
+            request = queue.submit(images[:10])
+            engine.await_run()
+            engine.await_run()
+            assert engine.runs == [5, 5]  # both at once
+            behind = [queue.submit(images[:1]) for _ in range(4)]
+        assert request.result(SECONDS).batch_size == 5
+        wait(behind, SECONDS)
+
+
+def test_a_large_request_is_joined_in_its_order_whichever_run_ends_first(
+    engine: GatedEngine, images: Images, alone: list[Decision]
+) -> None:
+    engine.lanes, engine.most_at_once = Lanes(2), 4
+    first = threading.Event()
+    engine.before = lambda number: None if number > 1 else assert_set(first)
+    with batcher(engine) as queue:
+        request = queue.submit(images[:8])
+        engine.await_run()
+        engine.await_run()
+        time.sleep(0.05)  # for the second to end
+        assert not request.done()
+        first.set()
+        assert_same(request.result(SECONDS), alone[:8])
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(SECONDS)
+
+
+def test_one_lane_that_fails_leaves_the_others_answers(engine: GatedEngine, images: Images, alone: list[Decision]) -> None:
+    engine.lanes = Lanes(2)
+
+    def fail(number: int) -> None:
+        if number == 1:
+            raise RuntimeError("the device is lost")
+
+    engine.before = fail
+    with batcher(engine) as queue:
+        with engine.held():
+            first = queue.submit(images[:1])
+            engine.await_run()
+            second = queue.submit(images[1:2])
+            engine.await_run()
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            first.result(SECONDS)
+        assert_same(second.result(SECONDS), alone[1:2])
+    assert engine.lanes.free == 2

@@ -65,6 +65,7 @@ def config(path: Path, ensembles: dict[str, dict[str, Any]]) -> ServiceConfig:
 def test_every_named_ensemble_answers_in_the_order_of_the_config(path: Path, cache: GraphCache) -> None:
     metrics = Metrics()
     with load_ensembles(config(path, FOUR), metrics, cache) as ensembles:
+        ensembles.announce(metrics)
         assert list(ensembles) == list(FOUR)
         assert ensembles.default is ensembles["full"]
         images = random_images(ensembles.bundle.manifest.input, 3, seed=3)

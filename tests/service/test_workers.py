@@ -170,8 +170,8 @@ def test_a_killed_worker_costs_nobody_an_answer_who_asks_once_more(pair: Served)
                     answer = stub.Classify(expected, timeout=20)
                 except grpc.RpcError as error:
                     lost.append(error)
-                    # once: a second failure fails the test; a connection that was about to be accepted is reset, too
-                    answer = stub.Classify(expected, timeout=20, wait_for_ready=True)
+                    time.sleep(0.1)  # a dying process resets one connection after the other, those it has not accepted yet, too
+                    answer = stub.Classify(expected, timeout=20, wait_for_ready=True)  # once: a second failure fails the test
                 assert answer.results == right
                 answered += 1
         return answered

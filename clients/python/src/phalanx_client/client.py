@@ -15,7 +15,8 @@ from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 TIMEOUT = 30.0  # seconds: a call without a deadline can wait for ever
-PATIENCE = 5.0  # seconds a call that is made once more waits for a connection
+PAUSE = 0.1  # seconds before a call is made once more: a process that dies resets one connection after the other
+PATIENCE = 5.0  # seconds that it then waits for a connection
 # As large as a server's answers may get: some hundred images with all their evidence, over many classes.
 OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
 
@@ -122,6 +123,7 @@ class Client:
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or not self._reached:
                 raise errors.from_call(error) from None
+            time.sleep(PAUSE)
             left = PATIENCE if end is None else min(PATIENCE, max(0.0, end - time.monotonic()))
             try:
                 answer = method(request, timeout=left, metadata=self._metadata, wait_for_ready=True)
