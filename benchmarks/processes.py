@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -131,8 +131,16 @@ def workers_of(pid: int) -> list[int]:
     """The worker processes of a server that has several, in the order of their starts."""
     children: list[int] = []
     for thread in Path(f"/proc/{pid}/task").iterdir():  # each lists those that it started
-        children += map(int, (thread / "children").read_text().split())
-    return sorted(child for child in children if b"multiprocessing.spawn" in Path(f"/proc/{child}/cmdline").read_bytes())
+        with suppress(FileNotFoundError):  # it ended just now
+            children += map(int, (thread / "children").read_text().split())
+    return sorted(filter(_is_worker, children))
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:

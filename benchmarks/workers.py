@@ -4,7 +4,8 @@
 
 First, single images and batches of 32 by several callers, each over a connection of its own, from servers of one worker and
 more in turns. Then workers are killed (SIGKILL), one after the other, under callers who make a call once more where it fails
-with UNAVAILABLE, a tenth of a second later and waiting for a connection. Ends with 1 where such a call was lost, or answered with another label.
+with UNAVAILABLE, a tenth of a second later and waiting for a connection. Ends with 1 where such a call was lost, or answered
+with another label.
 """
 
 from __future__ import annotations

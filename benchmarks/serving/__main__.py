@@ -6,7 +6,7 @@
     python -m benchmarks.serving --config benchmarks/serving/tiny.yaml
 
 For single images and for batches of 32: every setting of a peer is tried at concurrency 16, twice, and the fastest is what is
-measured. Then Phalanx and both peers run side by side, and are asked in turns: for each round and concurrency, one after the
+measured. Then Phalanx, with each of its front ends, and both peers run side by side, and are asked in turns: for each round and concurrency, one after the
 other. Before that, they must answer alike. Every figure goes to the results file as it is found, and a run that was cut short
 goes on from there. Ends with 1 where a floor is missed.
 """
@@ -27,7 +27,7 @@ from benchmarks.bare import bare_graph
 from benchmarks.processes import command_line, provenance, random_images, read_config
 from benchmarks.serving import agreement, bare, mlserver, peers, phalanx, report, triton
 from benchmarks.serving.perf_analyzer import Figures, PerfAnalyzer, asking
-from benchmarks.serving.results import BARE, BATCHES, CONCURRENCY, MLSERVER, PHALANX, TRITON, Cell, Results, Tried
+from benchmarks.serving.results import BARE, BATCHES, CONCURRENCY, MLSERVER, NATIVE, PHALANX, TRITON, Cell, Results, Tried
 from benchmarks.serving.target import Target
 from benchmarks.throughput import settings_of
 from models.bundle import Bundle, read_bundle
@@ -40,6 +40,7 @@ TRIED_AT = 16  # concurrency
 TRIALS = 2
 IMAGES = 64  # that are asked about, over and over
 WARM_CALLS = 5  # of each caller
+FRONT_ENDS = {PHALANX: "grpcio", NATIVE: "native"}
 
 Starts = Callable[[], AbstractContextManager[Target]]
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--peers", type=Path, default=peers.FOLDER, help="where their environments are (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="default: runs/serving/BUNDLE.jsonl")
+    parser.add_argument("--batches", type=int, nargs="+", choices=BATCHES, default=BATCHES, help="images per call")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=7.5, help="for each figure of each round (default: %(default)s)")
     parser.add_argument(
@@ -62,7 +64,7 @@ def main() -> None:
         with asking(run.peers.client, run.images) as client:
             results.begin(run.facts(client) | {"seconds": given.seconds, "try_seconds": given.try_seconds})
             print(f"{file}: {results.facts['machine']}", flush=True)
-            for batch in BATCHES:
+            for batch in given.batches:
                 run.try_settings(results, client, batch, given.try_seconds)
                 run.measure(results, client, batch, given.rounds, given.seconds)
     print(report.tables(results))
@@ -98,8 +100,8 @@ class Run:
 
     def starts(self, server: str, setting: str = "") -> Starts:
         """How to start a server; of a peer, in one of its settings."""
-        if server == PHALANX:
-            return lambda: phalanx.phalanx(self.config, self.folder / "graphs")
+        if server in FRONT_ENDS:
+            return lambda: phalanx.phalanx(self.config, self.folder / "graphs", FRONT_ENDS[server])
         return {TRITON: self._triton, MLSERVER: self._mlserver}[server](setting)
 
     def _triton(self, name: str) -> Starts:
@@ -142,8 +144,8 @@ class Run:
 
     def measure(self, results: Results, client: PerfAnalyzer, batch: int, rounds: int, seconds: float) -> None:
         """All servers side by side, asked in turns."""
-        order = [PHALANX, TRITON, MLSERVER]
-        settings = {server: results.chosen(server, batch) for server in order[1:]}
+        order = [*FRONT_ENDS, TRITON, MLSERVER]
+        settings = {server: results.chosen(server, batch) for server in (TRITON, MLSERVER)}
         if all(Cell(s, batch, c, r) in results.cells for r in range(rounds) for c in CONCURRENCY for s in (*order, BARE)):
             return
         swept = bare.sweep(settings_of(self.service, self.folder / "graphs"), 0.5)

@@ -1,4 +1,4 @@
-"""Phalanx, as it is by default."""
+"""Phalanx, as it is by default, and behind its other front end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ QUEUE = {"max_queue": 4096}
 
 
 @contextmanager
-def phalanx(config: Mapping[str, Any], cache: Path) -> Iterator[Target]:
-    """The server of this configuration, its defaults but for the length of the queue; graphs are kept in `cache`."""
+def phalanx(config: Mapping[str, Any], cache: Path, front_end: str) -> Iterator[Target]:
+    """The server of this configuration, its defaults but for front end and length of the queue; graphs are kept in `cache`."""
     batching = QUEUE | dict(config.get("batching", {}))
-    with serve({**config, "batching": batching}, cache) as process:
+    with serve({**config, "batching": batching, "front_end": front_end}, cache) as process:
         await_serving(process)
         yield Target(process.address, next(iter(ServiceConfig.model_validate(dict(config)).ensembles)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.serving.perf_analyzer import Figures
 
-PHALANX, TRITON, MLSERVER, BARE = SERVERS = ("Phalanx", "Triton", "MLServer", "bare session")
+PHALANX, NATIVE, TRITON, MLSERVER, BARE = SERVERS = ("Phalanx", "Phalanx, native", "Triton", "MLServer", "bare session")
 CONCURRENCY = (1, 4, 16, 64)
 BATCHES = (1, 32)
 
@@ -88,10 +88,10 @@ class Results:
         cells = [cell for cell in self.cells if (cell.server, cell.batch, cell.concurrency) == (server, batch, concurrency)]
         return [self.cells[cell] for cell in sorted(cells, key=lambda cell: cell.round)]
 
-    def ratios(self, what: str, batch: int, concurrency: int, peer: str = TRITON) -> list[float]:
-        """Phalanx's figure of each round over the peer's of the same round."""
-        pairs = zip(self.of(PHALANX, batch, concurrency), self.of(peer, batch, concurrency), strict=False)
-        return [getattr(ours, what) / getattr(theirs, what) for ours, theirs in pairs]
+    def ratios(self, what: str, batch: int, concurrency: int, ours: str = PHALANX) -> list[float]:
+        """Our figure of each round over Triton's of the same round."""
+        pairs = zip(self.of(ours, batch, concurrency), self.of(TRITON, batch, concurrency), strict=False)
+        return [getattr(own, what) / getattr(theirs, what) for own, theirs in pairs]
 
     def _read(self, line: dict[str, Any]) -> None:
         if "facts" in line:
