@@ -55,7 +55,9 @@ a configuration (every key has a default; paths are relative to the file):
   decision: {review_rate: 0.05, reject_rate: 0.01}
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
   device: {provider: auto, strict: false}
-  workers: 1                     # processes that share the port (Linux)
+  workers: 1                     # processes that share the port (Linux); queues,
+                                 # limits and quotas are each one's own
+  front_end: grpcio              # or native: faster, plain text only
   limits: {disclosure: evidence} # or label, verdict, probabilities
   signature: {public_key: FILE}  # serve nothing else than `phalanx sign` signed
   admin: 127.0.0.1:50052         # reload, add and remove ensembles; off without it

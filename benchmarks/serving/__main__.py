@@ -6,9 +6,9 @@
     python -m benchmarks.serving --config benchmarks/serving/tiny.yaml
 
 For single images and for batches of 32: every setting of a peer is tried at concurrency 16, twice, and the fastest is what is
-measured. Then Phalanx, with each of its front ends, and both peers run side by side, and are asked in turns: for each round and concurrency, one after the
-other. Before that, they must answer alike. Every figure goes to the results file as it is found, and a run that was cut short
-goes on from there. Ends with 1 where a floor is missed.
+measured. Then Phalanx, behind each of its front ends, and both peers run side by side, and are asked in turns: for each round
+and concurrency, one after the other. Before that, they must answer alike. Every figure goes to the results file as it is
+found, and a run that was cut short goes on from there. Ends with 1 where a floor is missed.
 """
 
 from __future__ import annotations

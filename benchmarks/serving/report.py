@@ -78,12 +78,12 @@ each round, then averaged. **Client and servers share the cores**: what the clie
   model's metadata names. MLServer lacks `ModelConfig` and `ModelStatistics`, without which perf_analyzer asks nothing:
   `benchmarks/serving/mlserver_start.py` adds two fixed answers for them, and nothing that a timed call passes through.
 * **Phalanx**: its defaults, but for a queue of 4,096 images: of 64 callers with 32 images each, the default of 1,024 would
-  refuse some. "Native" is `front_end: native`. It answers with all its outputs, votes and scores included; the peers with label, verdict, p-value and
-  probabilities.
+  refuse some. "Native" is `front_end: native`. It answers with all its outputs, votes and scores included; the peers with
+  label, verdict, p-value and probabilities.
 * **Triton**: {facts["triton"]}.
   An `ensemble` model: each member a Python model with ONNX Runtime and our session options, the members beside each other, then
-  one model with the rule of `models/ensemble.py`, in Python or, beyond what an operator would have, as an ONNX graph. Requests that a step is handed together are computed together, in
-  parts of at most 16 images as in our engine.
+  one model with the rule of `models/ensemble.py`, in Python or, beyond what an operator would have, as an ONNX graph. Requests
+  that a step is handed together are computed together, in parts of at most 16 images as in our engine.
 * **MLServer**: {facts["mlserver"]}.
   It is given the fused graph, in threads beside its event loop or in its parallel workers, batches divided as in our engine:
   its best case. Raw contents become a list of integers, one for each byte, before a model sees them.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.bare import BareGraph, bare_graph
 from benchmarks.serving import agreement, bare, mlserver, peers, report, triton
 from benchmarks.serving.perf_analyzer import Figures, LoadFailed, input_data, read_report
-from benchmarks.serving.results import BARE, BATCHES, CONCURRENCY, MLSERVER, PHALANX, SERVERS, TRITON, Cell, Results, Tried
+from benchmarks.serving.results import BARE, BATCHES, CONCURRENCY, MLSERVER, NATIVE, PHALANX, SERVERS, TRITON, Cell, Results, Tried
 from benchmarks.serving.rule_file import OUTPUTS, read_rule, write_rule
 from benchmarks.throughput import Setting
 from models.bundle import Bundle, read_bundle
@@ -237,7 +237,13 @@ def test_a_server_that_answers_otherwise_is_not_timed(changed: dict[str, object]
 def filled(file: Path, triton_rate: float = 100.0, triton_p99: float = 60.0, bundle: str = "eurosat 0123") -> Results:
     results = Results(file)
     results.begin(FACTS | {"bundle": bundle})
-    own = {TRITON: (triton_rate, triton_p99), PHALANX: (210.0, 20.0), MLSERVER: (50.0, 90.0), BARE: (300.0, 5.0)}
+    own = {
+        TRITON: (triton_rate, triton_p99),
+        PHALANX: (210.0, 20.0),
+        NATIVE: (250.0, 15.0),
+        MLSERVER: (50.0, 90.0),
+        BARE: (300.0, 5.0),
+    }
     for batch in BATCHES:
         for turn, (slow, fast) in enumerate([(10.0, 20.0), (40.0, 38.0)]):
             results.add(Tried(TRITON, batch, "slow", turn), Figures(slow, 1.0, 2.0))
@@ -281,9 +287,11 @@ def test_a_missed_floor_is_told(rate: float, p99: float, bundle: str, missed: bo
 def test_the_page_has_every_cell_and_the_setting_that_was_chosen(tmp_path: Path) -> None:
     results = filled(tmp_path / "found.jsonl")
     page = report.page([results], "plot.svg")
-    assert page.count("| 210 ± 1; 10.0 ± 0.0; 20.0 ± 0.0 | 100 ± 1; 30.0 ± 0.0; 60.0 ± 0.0 |") == len(BATCHES) * len(CONCURRENCY)
+    assert page.count("| 210 ± 1; 10.0 ± 0.0; 20.0 ± 0.0 | 250 ± 1; ") == len(BATCHES) * len(CONCURRENCY)
+    assert page.count(" | 100 ± 1; 30.0 ± 0.0; 60.0 ± 0.0 |") == len(BATCHES) * len(CONCURRENCY)
     assert "| Triton: fast | **29 ± 13**; 2 ± 0 | **29 ± 13**; 2 ± 0 |" in page
-    assert "throughput **2.09 ± 0.01 ×** (aim ≥ 1.5), p99 **0.33 ± 0.00 ×** (aim ≤ 0.5): reached" in page
+    assert "throughput **2.09 ± 0.01 ×**, p99 **0.33 ± 0.00 ×** (aims ≥ 1.5 and ≤ 0.5): reached." in page
+    assert "With the native front end: throughput **2.49 ± 0.01 ×**, p99 **0.25 ± 0.00 ×**." in page
 
 
 def test_the_plot_shows_every_server(tmp_path: Path) -> None:
