@@ -85,8 +85,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
-    """A batch that is being computed; none are anybody's who waits in a queue where a caller computes by itself."""
+    """A batch that is being computed; without shares where a caller computes its images by itself."""
 
+    size: int  # images
     shares: Sequence[Share] = ()
     stop: Stop | None = None
 

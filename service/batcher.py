@@ -4,10 +4,10 @@ A run takes a lane (service/engine.py). Who finds a lane free and nobody to wait
 (`compute_now`): the way to the queue's thread and back would cost a lone caller more than it could gain. Everybody else
 queues (`submit`).
 
-When does a batch start? While all lanes are taken, requests gather; when one is free, all of them go at once, in equal parts if
-several are free. A request that finds a lane free waits only for callers who were answered together a moment ago and are likely
-to come back: until as many requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone
-caller never waits, and callers in step stay in step.
+When does a batch start? While all lanes are taken, requests gather; when one is free, its part of them goes at once. A request
+that finds a lane free waits only for callers who were answered together a moment ago and are likely to come back: until as many
+requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone caller never waits, and callers
+in step stay in step.
 
 A large request is split into runs, which other lanes may compute at the same time, and rejoined; it goes to the back of the
 queue after each, so that the requests behind it wait for one run and not for all of it. Callers who are known take turns
@@ -119,7 +119,7 @@ class Batcher:
         alone = n <= self._most and (n == 1 or self._lanes.count == 1) and self._company() <= 1 and not self._waiting.total
         if not alone or not self._lanes.enter(wait=False):
             return None
-        flight = Flight(stop=stop)
+        flight = Flight(n, stop=stop)
         try:
             with self._lock:
                 self._refuse_if_draining()
@@ -186,7 +186,7 @@ class Batcher:
                 self._lanes.leave()
             else:
                 self._metrics.closed(closed)
-                self._lanes.compute(partial(self._compute, flight))
+                self._dispatch(flight)
 
     def _receive(self, seconds: float | None) -> bool:
         """Move one request from the inbox to the backlog, waiting for it at most so long, or without end."""
@@ -231,20 +231,22 @@ class Batcher:
         return Closed.READY
 
     def _take(self) -> Flight | None:
-        """A batch from all that has arrived, an equal part of it where more lanes are free; the same number of images for every
-        caller who has as many waiting, each caller's in their order; leaves out who does not wait any more.
+        """A batch from what has arrived: no more than a lane's part of all that is waiting or being computed, so that no lane's
+        callers wait much longer than another's; the same number of images for every caller who has as many waiting, each
+        caller's in their order; leaves out who does not wait any more.
         """
         batch: list[Share] = []
         expired: list[Request] = []
         now = self._clock()
         with self._lock:
             self._receive_all()
-            room = min(self._most, max(1, math.ceil(self._waiting.total / (1 + self._lanes.free))))
+            everybody = self._waiting.total + sum(flight.size for flight in self._flights)
+            room = min(self._most, max(1, math.ceil(everybody / self._lanes.count)))
             portion = max(1, room // max(1, self._backlog.callers))
             while self._backlog and room:
                 with self._backlog.turn() as requests:
                     room -= self._portion(requests, min(portion, room), now, batch, expired)
-            flight = Flight(batch, Stop()) if batch else None
+            flight = Flight(sum(len(share.images) for share in batch), batch, Stop()) if batch else None
             if flight is not None:
                 self._flights.add(flight)
                 self._last_requests -= len(batch)  # of those who are likely to come, these did
@@ -278,6 +280,14 @@ class Batcher:
         if not request.forgotten:
             request.forgotten = True
             self._waiting.remove(request.caller, request.left)
+
+    def _dispatch(self, flight: Flight) -> None:
+        try:
+            self._lanes.compute(partial(self._compute, flight))
+        except RuntimeError as error:  # the system has no thread for us
+            for share in flight.shares:
+                share.request.fail(error)
+            self._land(flight)
 
     def _compute(self, flight: Flight) -> None:
         """One run, in a lane; whatever goes wrong in it is the answer of its requests, and of nobody else."""

@@ -201,7 +201,7 @@ class DecisionConfig(_Section):
 
 
 class BatchingConfig(_Section):
-    max_batch_size: int = Field(64, ge=1, le=4096)
+    max_batch_size: int = Field(64, ge=1, le=4096)  # images of one run; on a CPU never more than 16
     max_delay_ms: float = Field(2.0, ge=0, le=1000)
     max_queue: int = Field(1024, ge=1, le=2**31 - 1)  # images waiting, per ensemble
 
@@ -278,6 +278,14 @@ class ServiceConfig(_Section):
             raise ValueError("`front_end: native` speaks no TLS: leave it out, or have a proxy before it and leave `tls` out")
         if self.front_end == "native" and self.limits.max_connection_age_seconds is not None:
             raise ValueError("`front_end: native` closes no connection by its age: leave out `limits.max_connection_age_seconds`")
+        if self.front_end == "native" and not self.listen.private:
+            raise ValueError(
+                f"`front_end: native` measures a message when all of it has come, and speaks plain text: expected a private "
+                f"address in `listen`, behind a proxy that limits what it lets through, got {self.listen}"
+            )
+        limited = self.quota.images_per_second is not None or self.quota.concurrent_calls is not None
+        if self.front_end == "native" and limited and not self.callers:
+            raise ValueError("`front_end: native` does not know the address of a stream: name `callers`, or leave out `quota`")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Self, cast
 
 import grpc
@@ -24,7 +25,7 @@ from service.metrics import Metrics
 from service.metrics_port import MetricsPort
 from service.pb.inference import open_inference_pb2_grpc
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
-from service.reload import CatalogueOffer, Changes, Reloaded, Reloader
+from service.reload import CatalogueOffer, Changes, Offered, Reloaded, Reloader
 from service.servicers.admin import AdminServicer
 from service.servicers.catalogue import Catalogue
 from service.servicers.gate import Gate
@@ -46,6 +47,14 @@ class CannotListen(RuntimeError):
     """The address cannot be had."""
 
 
+@dataclass(frozen=True)
+class Together:
+    """That a server is one of several on one port."""
+
+    changes: Changes  # what an operator wishes concerns them all
+    check: Callable[[Offered], None]  # raises Refused where this may not be served beside the others
+
+
 class Server:
     """Loaded and answering once it is constructed; `drain` ends it."""
 
@@ -55,11 +64,11 @@ class Server:
         cache: GraphCache | None = None,
         read_again: Callable[[], ServiceConfig] | None = None,
         *,
-        together: Changes | None = None,
+        together: Together | None = None,
     ) -> None:
         """`read_again` is where a reload gets its configuration from; without it, it is this one, and the bundle is read again.
 
-        `together`: this server is one of several on one port, and what an operator wishes concerns them all.
+        One of several raises Refused, too.
         """
         self._config, self.metrics = config, Metrics()
         ProcessCollector(registry=self.metrics.registry)
@@ -75,15 +84,16 @@ class Server:
             self._admin, self.admin_address = self._open_admin(started)
             self.metrics_address = self._serve_metrics(started)
             ensembles = load_ensembles(config, self.metrics, cache)
-            ensembles.announce(self.metrics)
             self._gate = Gate(Catalogue(config, ensembles), self.metrics)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
+            ensembles.announce(self.metrics)
             self._health = self._add_servicers()
             self.offer = CatalogueOffer(self._gate, self._health, cache)
-            self._changes = together or Reloader(self.offer, read_again or (lambda: config))
+            self._changes = together.changes if together else Reloader(self.offer, read_again or (lambda: config))
             if together is not None:  # after loading: until it is ready, the others get the calls
+                together.check(Offered.of(self.catalogue))
                 self.address = listen(self._server, "listen", config.listen, config.tls, self.metrics)
-            self._server.start()
+            _start(self._server)
             if self._admin is not None:
                 self._start_admin(self._admin)
             self._ended = started.pop_all()
@@ -171,6 +181,13 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.drain()
+
+
+def _start(server: grpc.Server) -> None:
+    try:
+        server.start()
+    except OSError as error:  # of the native front end, which needs a folder for sockets of its own
+        raise CannotListen(f"front_end: cannot start: {error}") from None
 
 
 def front_end(

@@ -166,7 +166,9 @@ class Gate:
             call = self.identify(context)
         except Unauthenticated as error:
             self.refuse(method, error, context)
-        self.refuse(method, TooManyCalls(self._places.limit), context, call)
+        ending = self.refusing.is_set()
+        why = Draining("this server is shutting down") if ending else TooManyCalls(self._places.limit)
+        self.refuse(method, why, context, call)
 
     def refuse(self, method: str, error: Exception, context: grpc.ServicerContext, call: Call | None = None) -> Never:
         """End a call that no handler has seen, and count it."""

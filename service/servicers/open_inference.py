@@ -114,7 +114,7 @@ def _configuration(request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfig
             for output in outputs
         ],
         dynamic_batching=pb.ModelDynamicBatching(
-            preferred_batch_size=[batching.max_batch_size],
+            preferred_batch_size=[min(batching.max_batch_size, served.loaded.engine.most_at_once)],
             max_queue_delay_microseconds=int(batching.max_delay_ms * 1000),
             preserve_ordering=True,
         ),

@@ -16,9 +16,10 @@ Scraped = Mapping[int, Iterable[Metric]]  # by a worker's number
 class GatheredMetrics:
     """A registry of its own. A worker that ends takes its counts with it: to Prometheus, the next one's are a counter reset."""
 
-    def __init__(self, scrape: Callable[[], Scraped], serving: Callable[[], float]) -> None:
+    def __init__(self, scrape: Callable[[], Scraped], wanted: int, serving: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         self._ends = Counter("phalanx_worker_ends", "Workers that ended without being told to.", (WORKER,), registry=self.registry)
+        Gauge("phalanx_workers_wanted", "Workers that there should be.", registry=self.registry).set(wanted)
         Gauge("phalanx_workers", "Workers that serve.", registry=self.registry).set_function(serving)
         self.registry.register(_Gathered(scrape))
 

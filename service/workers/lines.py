@@ -20,22 +20,33 @@ class Line:
     def __init__(self, connection: Connection[Any, Any]) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self._number = 0
+        self._asked, self._answered = 0, 0  # the last question's number, and that of the last answer
 
     def ask(self, question: object, seconds: float) -> Any:
-        """Raises NoAnswer after so many seconds, or where the other side is gone."""
-        with self._lock:
-            self._number += 1
-            end = time.monotonic() + seconds
-            try:
-                self._connection.send((self._number, question))
-                while self._connection.poll(max(0.0, end - time.monotonic())):
-                    number, answer = self._connection.recv()
-                    if number == self._number:  # else to a question that was given up
-                        return answer
-            except (EOFError, OSError):
-                raise NoAnswer("it has ended") from None
-        raise NoAnswer(f"no answer within {seconds:g} s")
+        """Raises NoAnswer after so many seconds, or where the other side is gone. Nothing is asked before the last question is
+        answered: who does not answer shall not have them pile up.
+        """
+        end = time.monotonic() + seconds
+        if not self._lock.acquire(timeout=seconds):
+            raise NoAnswer(f"no answer to another question within {seconds:g} s")
+        try:
+            self._await_answer(end, seconds)
+            self._asked += 1
+            self._connection.send((self._asked, question))
+            return self._await_answer(end, seconds)
+        except (EOFError, OSError):
+            raise NoAnswer("it has ended") from None
+        finally:
+            self._lock.release()
+
+    def _await_answer(self, end: float, seconds: float) -> Any:
+        """The answer to what was asked last, if anything is open."""
+        answer = None
+        while self._answered < self._asked:
+            if not self._connection.poll(max(0.0, end - time.monotonic())):
+                raise NoAnswer(f"no answer within {seconds:g} s")
+            self._answered, answer = self._connection.recv()
+        return answer
 
     def close(self) -> None:
         self._connection.close()
@@ -45,10 +56,5 @@ def answer(connection: Connection[Any, Any], handle: Callable[[Any], object]) ->
     """Answer every question until the other side is gone."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            answer_one(connection, handle)
-
-
-def answer_one(connection: Connection[Any, Any], handle: Callable[[Any], object]) -> None:
-    """Wait for a question and answer it; raises EOFError or OSError where the other side is gone."""
-    number, question = connection.recv()
-    connection.send((number, handle(question)))
+            number, question = connection.recv()
+            connection.send((number, handle(question)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import signal
 import socket
 import sys
 import threading
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any, Self
 
 from service.config import Address, ServiceConfig
@@ -24,8 +25,21 @@ from service.metrics_port import MetricsPort
 from service.reload import Offered, Refused, Reloaded, Reloader, ReloadFailed
 from service.server import CannotListen, resolved
 from service.workers.gathered import GatheredMetrics, Scraped
-from service.workers.lines import Line, NoAnswer, answer_one
-from service.workers.worker import CHANGE_SECONDS, Cannot, Drain, Leave, Prepare, Ready, Start, Take, Wished, work
+from service.workers.lines import Line, NoAnswer, answer
+from service.workers.worker import (
+    CHANGE_SECONDS,
+    SIGNALS,
+    Cannot,
+    Drain,
+    Leave,
+    Prepare,
+    Ready,
+    Scrape,
+    Start,
+    Take,
+    Wished,
+    work,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +61,7 @@ class Supervisor:
         """Raises CannotListen, or WorkerFailed with what a worker said."""
         self._config = config
         self._seats = [Seat(number) for number in range(config.workers)]
-        self._metrics = GatheredMetrics(self._scrape, lambda: len(self._serving))
+        self._metrics = GatheredMetrics(self._scrape, config.workers, lambda: len(self._serving))
         self._reloader = Reloader(self, read_again)
         self._changing = threading.RLock()  # no worker starts while the others change
         self._ending = False
@@ -59,6 +73,7 @@ class Supervisor:
             self._admin = config.admin
             self.metrics_address = self._serve_metrics(started)
             started.callback(self._stop)
+            self._offered: Offered | None = None
             first, *others = self._seats  # the first leaves its fused graphs in the cache for the others
             self._offered = self._start_first(first)
             with ThreadPoolExecutor(len(others)) as pool:
@@ -86,17 +101,27 @@ class Supervisor:
             seats = self._serving
             if not seats:
                 raise Refused("no worker is serving just now")
-            with ThreadPoolExecutor(len(seats)) as pool:
-                prepared = list(pool.map(lambda seat: seat.ask(Prepare(self._config_of(seat, config)), CHANGE_SECONDS), seats))
-            for seat, said in zip(seats, prepared, strict=True):
+
+            def prepare(seat: Seat) -> Offered | Cannot:
+                said: Offered | Cannot = seat.ask(Prepare(self._config_of(seat, config)), CHANGE_SECONDS)
+                return said
+
+            prepared = [prepare(seats[0])]  # which leaves its graphs in the cache for the others
+            if isinstance(prepared[0], Offered) and len(seats) > 1:
+                with ThreadPoolExecutor(len(seats) - 1) as pool:
+                    prepared += pool.map(prepare, seats[1:])
+            for seat, said in zip(seats, prepared, strict=False):
                 if isinstance(said, Cannot):
                     raise Refused(f"worker {seat.number}: {said.reason}")
             if len(set(prepared)) > 1:
                 raise Refused("the bundle changed while the workers read it")
+            offered = prepared[0]
+            assert isinstance(offered, Offered)
+            self._config, self._offered = config, offered
             for seat in seats:
-                seat.ask(Take(), CHANGE_SECONDS)
-            self._config, self._offered = config, prepared[0]
-            return self._offered
+                if isinstance(seat.ask(Take(), CHANGE_SECONDS), Cannot):
+                    seat.kill()  # nobody goes on with what was offered before
+            return offered
 
     def count(self, outcome: str) -> None:
         """A worker counts what it took; a failure is everybody's."""
@@ -125,10 +150,11 @@ class Supervisor:
         self._wake.close()
         shutdown = self._config.shutdown
         seconds = shutdown.notice_seconds + shutdown.drain_seconds + DRAIN_MARGIN
-        if self._watcher.is_alive():
-            self._watcher.join(seconds)
-        with ThreadPoolExecutor(len(self._seats)) as pool:
-            list(pool.map(lambda seat: seat.end(seconds), self._seats))
+        for _ in range(2):  # the second time for who was just being started
+            with ThreadPoolExecutor(len(self._seats)) as pool:
+                list(pool.map(lambda seat: seat.end(seconds), self._seats))
+            if self._watcher.is_alive():
+                self._watcher.join(DRAIN_MARGIN)
 
     # --- the workers
 
@@ -144,7 +170,7 @@ class Supervisor:
         return said.offered
 
     def _start(self, seat: Seat) -> Ready | Cannot:
-        said = seat.start(self._config_of(seat, self._config))
+        said = seat.start(self._config_of(seat, self._config), self._offered if self._serving else None, self._fulfil)
         if isinstance(said, Ready) and said.admin is not None:
             self._admin = said.admin  # port 0 was chosen by now
         return said
@@ -155,19 +181,21 @@ class Supervisor:
         return config.model_copy(update={"listen": self.address, "metrics": None, "admin": admin})
 
     def _watch(self) -> None:
-        """Until the end: answer wishes, and put somebody in the place of who ended."""
+        """Until the end: put somebody in the place of who ended."""
         while not self._ending:
-            alive = [seat for seat in self._seats if seat.alive]
-            ready = wait([*(seat.sentinel for seat in alive), *(seat.wishes for seat in alive), self._woken], self._pause())
-            for seat in alive:
-                if seat.wishes in ready:
-                    with contextlib.suppress(EOFError, OSError):  # whoever wished is gone
-                        answer_one(seat.wishes, self._fulfil)
-                if seat.sentinel in ready and not self._ending:
-                    self._lost(seat)
-            for seat in self._seats:
-                if not seat.alive and seat.due <= time.monotonic():
-                    self._start_again(seat)
+            try:
+                alive = [seat for seat in self._seats if seat.alive]
+                ready = wait([*(seat.sentinel for seat in alive), self._woken], self._pause())
+                for seat in alive:
+                    if seat.sentinel in ready and not self._ending:
+                        self._lost(seat)
+                for seat in self._seats:
+                    if not seat.alive and seat.due <= time.monotonic():
+                        self._start_again(seat)
+            except Exception:  # whatever it is, others may have to be started
+                if not self._ending:
+                    log.exception("while watching the workers")
+                    time.sleep(1.0)
 
     def _pause(self) -> float | None:
         """Seconds until somebody is to be started."""
@@ -175,9 +203,11 @@ class Supervisor:
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _lost(self, seat: Seat) -> None:
-        code, lived = seat.bury()
+        code, served = seat.bury()
         self._metrics.ended(seat.number)
-        log.error("worker %d ended by itself after %.0f s, exit code %s; another is started", seat.number, lived, code)
+        log.error(
+            "worker %d ended by itself, having served for %.0f s, exit code %s; another is started", seat.number, served, code
+        )
 
     def _start_again(self, seat: Seat) -> None:
         with self._changing:
@@ -185,16 +215,11 @@ class Supervisor:
                 return
             said = self._start(seat)
             if isinstance(said, Ready):
-                if said.offered == self._offered or self._serving == [seat]:
-                    self._offered = said.offered
-                    log.info("worker %d serves", seat.number)
-                    return
-                now, theirs = said.offered.bundle_version, self._offered.bundle_version
-                said = Cannot(f"the bundle is {now} by now, and the others serve {theirs}: reload, and all serve it")
-                seat.end(DRAIN_MARGIN)
-            log.error(
-                "worker %d cannot be started: %s; tried again in %.0f s", seat.number, said.reason, seat.due - time.monotonic()
-            )
+                self._offered = said.offered
+                log.info("worker %d serves", seat.number)
+            else:
+                again = max(0.0, seat.due - time.monotonic())
+                log.error("worker %d cannot be started: %s; tried again in %.0f s", seat.number, said.reason, again)
 
     def _fulfil(self, wished: Wished) -> Reloaded | Cannot:
         try:
@@ -229,34 +254,54 @@ class Seat:
     """A worker's place. Who ends is replaced by another of the same number."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.serving = number, False
+        self.number = number
         self.due = 0.0  # when somebody is to be started, if nobody is here
         self._failures = 0
         self._process: Any = None
+        self._serving_since: float | None = None
+        self._lock = threading.RLock()  # of who ends it
 
     @property
     def alive(self) -> bool:
         return self._process is not None
 
     @property
+    def serving(self) -> bool:
+        return self._serving_since is not None
+
+    @property
     def sentinel(self) -> int:
         sentinel: int = self._process.sentinel
         return sentinel
 
-    def start(self, config: ServiceConfig) -> Ready | Cannot:
+    def start(self, config: ServiceConfig, expected: Offered | None, fulfil: Callable[[Wished], object]) -> Ready | Cannot:
         """Returns once it serves, or cannot."""
         spawn = multiprocessing.get_context("spawn")
-        (orders, its_orders), (scrapes, its_scrapes), (self.wishes, its_wishes) = (spawn.Pipe() for _ in range(3))
         verbose = log.isEnabledFor(logging.DEBUG)
-        its: tuple[Connection[Any, Any], ...] = (its_orders, its_scrapes, its_wishes)
-        self._process = spawn.Process(target=work, args=(self.number, verbose, *its), name=f"worker-{self.number}")
-        self._process.start()
-        for connection in its:
-            connection.close()  # ours, so that the worker's end is the end of the line
-        self._orders, self._scrapes, self._began = Line(orders), Line(scrapes), time.monotonic()
-        said: Ready | Cannot = self.ask(Start(config), START_SECONDS)
-        self.serving = isinstance(said, Ready)
-        if not self.serving:
+        pipes = []
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: until it has its own handlers, it ignores them
+        try:
+            pipes += [spawn.Pipe() for _ in range(3)]
+            its = tuple(end for _, end in pipes)
+            process = spawn.Process(target=work, args=(self.number, verbose, *its), name=f"worker-{self.number}")
+            process.start()
+        except OSError as error:
+            for pipe in pipes:
+                for end in pipe:
+                    end.close()
+            self.put_off()
+            return Cannot(f"no process: {error.strerror or error}")
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for end in its:
+            end.close()  # ours, so that the worker's end is the end of the line
+        (orders, _), (asides, _), (self._wishes, _) = pipes
+        self._orders, self._asides, self._process = Line(orders), Line(asides), process
+        threading.Thread(target=answer, args=(self._wishes, fulfil), name=f"wishes-{self.number}", daemon=True).start()
+        said: Ready | Cannot = self.ask(Start(config, expected), START_SECONDS)
+        if isinstance(said, Ready):
+            self._serving_since = time.monotonic()
+        else:
             self.end(DRAIN_MARGIN)
         return said
 
@@ -270,44 +315,55 @@ class Seat:
     def scrape(self) -> Any:
         """None where it does not answer."""
         with contextlib.suppress(NoAnswer):
-            return self._scrapes.ask(None, SCRAPE_SECONDS)
+            return self._asides.ask(Scrape(), SCRAPE_SECONDS)
         return None
+
+    def kill(self) -> None:
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
 
     def end(self, seconds: float) -> None:
         """Let it drain, and kill it after so many seconds."""
-        if self._process is None:
-            return
-        if self.serving:
-            self.ask(Drain(), seconds)
-        self._close_lines()
-        self._process.join(DRAIN_MARGIN)
-        if self._process.is_alive():
-            log.warning("worker %d does not end: killed", self.number)
-            self._process.kill()
-        self.bury()
+        with self._lock:
+            if self._process is None:
+                return
+            self._wishes.close()  # whoever wishes something now is not waited for
+            if self.serving:
+                with contextlib.suppress(NoAnswer):
+                    self._asides.ask(Drain(), seconds)
+            self._close_lines()
+            self._process.join(DRAIN_MARGIN)
+            if self._process.is_alive():
+                log.warning("worker %d does not end: killed", self.number)
+                self._process.kill()
+            self.bury()
 
     def bury(self) -> tuple[int | None, float]:
-        """Who was here ended: its exit code, and the seconds it lived. The next may come at once if it lived long."""
-        self._process.join()
-        code, lived = self._process.exitcode, time.monotonic() - self._began
-        self._close_lines()
-        self._process.close()
-        self._process, self.serving = None, False
-        if lived >= STEADY:
-            self._failures, self.due = 0, 0.0
-        else:
-            self.put_off()
-        return code, lived
+        """Who was here ended: its exit code, and the seconds it served. The next may come at once if those were many."""
+        with self._lock:
+            if self._process is None:
+                return None, 0.0
+            self._process.join()
+            code = self._process.exitcode
+            served = 0.0 if self._serving_since is None else time.monotonic() - self._serving_since
+            self._close_lines()
+            self._process.close()
+            self._process, self._serving_since = None, None
+            if served >= STEADY:
+                self._failures, self.due = 0, 0.0
+            else:
+                self.put_off()
+            return code, served
 
     def put_off(self) -> None:
         """The next is to come after a pause that grows."""
-        self.due = time.monotonic() + min(LONGEST_PAUSE, 0.25 * 2**self._failures)
+        self.due = time.monotonic() + min(LONGEST_PAUSE, 0.25 * 2 ** min(self._failures, 8))
         self._failures += 1
 
     def _close_lines(self) -> None:
-        self._orders.close()
-        self._scrapes.close()
-        self.wishes.close()
+        for line in (self._orders, self._asides, self._wishes):
+            line.close()
 
 
 def hold(key: str, wanted: Address) -> tuple[socket.socket, Address]:
@@ -322,6 +378,7 @@ def hold(key: str, wanted: Address) -> tuple[socket.socket, Address]:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind((place.host, place.port))
             port = alone.getsockname()[1]
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server before this one may linger
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((place.host, port))
     except OSError as error:

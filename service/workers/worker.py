@@ -9,23 +9,23 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, assert_never
 
-from prometheus_client import Metric
-
 from service import logs
 from service.config import Address, ServiceConfig
-from service.reload import FORESEEN, Offered, Reloaded, ReloadFailed, told
-from service.server import CannotListen, Server
+from service.ensembles import give_back_memory
+from service.reload import FORESEEN, Offered, Refused, Reloaded, ReloadFailed, told
+from service.server import CannotListen, Server, Together
 from service.servicers.catalogue import Catalogue
 from service.workers.lines import Line, NoAnswer, answer
 
 log = logging.getLogger(__name__)
 
-CHANGE_SECONDS = 600.0  # for all workers to load something else, or to refuse it
+CHANGE_SECONDS = 600.0  # for a worker to load something else, or to refuse it
+WISH_SECONDS = 3 * CHANGE_SECONDS  # for the supervisor to make a change, and perhaps another one before
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Start:
     """The first order: answered by Ready, or by Cannot."""
 
     config: ServiceConfig
+    expected: Offered | None  # what the others serve; None where there are none
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,20 @@ class Leave:
     """A change failed: what was prepared for it, if anything, is given up."""
 
 
+Order = Start | Prepare | Take | Leave
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Answered by a list of metrics."""
+
+
 @dataclass(frozen=True)
 class Drain:
-    """Answer what is accepted, and take no more. The last order."""
+    """Answer what is accepted, and stop. Comes beside the orders, as one of them may take long."""
 
 
-Order = Start | Prepare | Take | Leave | Drain
+Aside = Scrape | Drain
 
 
 @dataclass(frozen=True)
@@ -85,14 +94,15 @@ def work(
     number: int,
     verbose: bool,
     orders: Connection[Any, Any],
-    scrapes: Connection[Any, Any],
+    asides: Connection[Any, Any],
     wishes: Connection[Any, Any],
 ) -> None:
     """The whole life of a worker's process."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # a terminal sends them to all: they are the supervisor's to follow
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     worker = Worker(number, verbose, Line(wishes))
-    threading.Thread(target=worker.answer_scrapes, args=(scrapes,), daemon=True).start()
+    threading.Thread(target=worker.answer_asides, args=(asides,), daemon=True).start()
     answer(orders, worker.follow)
     worker.end()
 
@@ -105,12 +115,12 @@ class Worker:
         self._wishes = WishesOfOperators(wishes)
         self._server: Server | None = None
         self._prepared: Catalogue | None = None
-        self._draining = False
+        self._told_to_drain = False
 
     def follow(self, order: Order) -> object:
         match order:
             case Start():
-                return self._start(order.config)
+                return self._start(order)
             case Prepare():
                 return self._prepare(order.config)
             case Take():
@@ -121,35 +131,47 @@ class Worker:
             case Leave():
                 self._give_up()
                 self.server.offer.count("failed")
-            case Drain():
-                self.end()
             case _:
                 assert_never(order)
         return None
 
     def end(self) -> None:
         """Answer what is accepted, and stop."""
-        self._draining = True
         if self._server is not None:
             self._server.drain()
 
-    def answer_scrapes(self, connection: Connection[Any, Any]) -> None:
-        answer(connection, lambda _: list(self._metrics()))
-        if self._draining:  # the supervisor was ended the hard way, and means it
-            os._exit(1)
+    def answer_asides(self, connection: Connection[Any, Any]) -> None:
+        answer(connection, self._aside)
+        if self._told_to_drain:  # the supervisor waits for it no more, or was ended the hard way while it waited
+            os._exit(0)
+
+    def _aside(self, aside: Aside) -> object:
+        match aside:
+            case Scrape():
+                return list(self._server.metrics.registry.collect()) if self._server is not None else []
+            case Drain():
+                self._told_to_drain = True
+                self.end()
+                return None
+            case _:
+                assert_never(aside)
 
     @property
     def server(self) -> Server:
         assert self._server is not None, "the first order is Start"
         return self._server
 
-    def _metrics(self) -> Iterable[Metric]:
-        return self._server.metrics.registry.collect() if self._server is not None else ()
+    def _start(self, order: Start) -> Ready | Cannot:
+        def check(offered: Offered) -> None:
+            if order.expected is not None and order.expected != offered:
+                raise Refused(
+                    f"the bundle is {offered.bundle_version} by now, and the others serve {order.expected.bundle_version}: "
+                    f"reload (SIGHUP to the supervisor), and all serve it"
+                )
 
-    def _start(self, config: ServiceConfig) -> Ready | Cannot:
-        logs.configure(config.logging, self._verbose, worker=self._number)
+        logs.configure(order.config.logging, self._verbose, worker=self._number)
         try:
-            self._server = Server(config, together=self._wishes)
+            self._server = Server(order.config, together=Together(self._wishes, check))
         except (CannotListen, *FORESEEN) as error:
             return Cannot(str(error))
         return Ready(Offered.of(self._server.catalogue), self._server.admin_address)
@@ -168,6 +190,7 @@ class Worker:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.ensembles.close()
+            give_back_memory()
 
 
 class WishesOfOperators:
@@ -187,7 +210,7 @@ class WishesOfOperators:
 
     def _wish(self, what: str, *arguments: str) -> Reloaded:
         try:
-            done: Reloaded | Cannot = self._line.ask(Wished(what, arguments), CHANGE_SECONDS)
+            done: Reloaded | Cannot = self._line.ask(Wished(what, arguments), WISH_SECONDS)
         except NoAnswer as error:
             raise ReloadFailed(f"the supervisor: {error}") from None
         if isinstance(done, Cannot):

@@ -32,6 +32,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.workers.gathered import GatheredMetrics
 from service.workers.lines import Line, NoAnswer, answer
+from service.workers.supervisor import Seat
 from tests.bundles import write_tiny_bundle
 from tests.service.serving import random_pixels, request
 
@@ -42,6 +43,7 @@ CODE = grpc.StatusCode
 SECONDS = 30.0
 OPS = {"ops": {"token_sha256": token_digest("ops"), "scopes": ["admin", "ablate", "describe", "classify"]}}
 SERVING = "phalanx_workers"
+PAUSE = 0.1  # before a call is made once more
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def test_a_killed_worker_costs_nobody_an_answer_who_asks_once_more(pair: Served)
                     answer = stub.Classify(expected, timeout=20)
                 except grpc.RpcError as error:
                     lost.append(error)
-                    time.sleep(0.1)  # a dying process resets one connection after the other, those it has not accepted yet, too
+                    time.sleep(PAUSE)  # a dying process resets one connection after the other, those it has not accepted yet, too
                     answer = stub.Classify(expected, timeout=20, wait_for_ready=True)  # once: a second failure fails the test
                 assert answer.results == right
                 answered += 1
@@ -262,12 +264,52 @@ def test_sigterm_answers_what_was_accepted_and_ends_all(tmp_path: Path) -> None:
         assert "stopped" in its.log.read_text()
 
 
-def test_workers_whose_supervisor_is_killed_end_by_themselves(tmp_path: Path) -> None:
-    with served(tmp_path) as its:
+def test_workers_whose_supervisor_is_killed_answer_what_they_accepted_and_end(tmp_path: Path) -> None:
+    with served(tmp_path) as its, its.stub() as stub:
         workers = workers_of(its.process.pid)
         assert len(workers) == 2
+        pending = [stub.Classify.future(request(random_pixels(200)), timeout=SECONDS) for _ in range(4)]
+        its.until(lambda: sum(value for key, value in its.scrape().items() if key.startswith("phalanx_in_flight")) >= 4)
         os.kill(its.process.pid, signal.SIGKILL)
+        assert {each.code() for each in pending} == {CODE.OK}
         its.until(lambda: not any(map(alive, workers)))
+
+
+def test_a_port_whose_last_connections_linger_can_be_had(tmp_path: Path) -> None:
+    file, bundle = tmp_path / "phalanx.yaml", write_tiny_bundle(tmp_path / "bundle")
+    ports = {"listen": f"127.0.0.1:{free_port()}", "metrics": "off"}
+    for workers in (1, 2):
+        write(file, bundle, ports, workers=workers, ensembles={"full": {}})
+        with started(file, subprocess.DEVNULL, tmp_path) as process:
+            await_serving(Process(process.pid, ports["listen"]))
+            with grpc.insecure_channel(ports["listen"]) as channel:  # which the server closes first
+                pb_grpc.DefenseEnsembleStub(grpc.intercept_channel(channel, Bearer("ops"))).Classify(request(random_pixels(1)))
+                process.terminate()
+                assert process.wait(SECONDS) == 0
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again_for_ever_but_not_at_once() -> None:
+    seat, pauses = Seat(0), list[float]()
+    for _ in range(2000):
+        before = time.monotonic()
+        seat.put_off()
+        pauses.append(seat.due - before)
+    assert pauses[0] < 0.5
+    assert pauses[-1] == pytest.approx(30, abs=0.1)
+
+
+def test_sigterm_during_a_reload_drains_at_once(tmp_path: Path) -> None:
+    """A change under way does not keep the workers SERVING."""
+    with served(tmp_path) as its, its.operator() as operator, its.stub() as stub:
+        stub.Classify(request(random_pixels(1)))
+        many = {f"e{n}": {"without": ["edge"], "review_rate": 0.02 + n / 1000} for n in range(40)}  # which take long to load
+        its.file.write_text(yaml.safe_dump({**yaml.safe_load(its.file.read_text()), "ensembles": {"full": {}, **many}}))
+        change = operator.Reload.future(admin_pb2.ReloadRequest(), timeout=SECONDS)
+        time.sleep(0.3)
+        os.kill(its.process.pid, signal.SIGTERM)
+        its.until(lambda: its.log.read_text().count("NOT_SERVING; draining") == 3)  # the supervisor's line and the workers'
+        assert not change.done() or change.code() is not CODE.OK
+        its.until(lambda: not alive(its.process.pid))
 
 
 def alive(pid: int) -> bool:
@@ -309,20 +351,23 @@ def test_a_bundle_that_cannot_be_served_ends_the_start(tmp_path: Path) -> None:
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> None:
     ours, theirs = multiprocessing.Pipe()
-    proceed = threading.Event()
+    proceed, asked = threading.Event(), list[str]()
 
     def handle(question: str) -> str:
         if question == "slow":
             proceed.wait(SECONDS)
+        asked.append(question)
         return f"{question} answered"
 
     thread = threading.Thread(target=answer, args=(theirs, handle))
     thread.start()
     line = Line(ours)
-    with pytest.raises(NoAnswer, match=r"no answer within 0\.05 s"):
-        line.ask("slow", 0.05)
+    for _ in range(2):  # the second time nothing is asked: what is not answered shall not pile up
+        with pytest.raises(NoAnswer, match=r"no answer within 0\.05 s"):
+            line.ask("slow", 0.05)
     proceed.set()
     assert line.ask("quick", SECONDS) == "quick answered"
+    assert asked == ["slow", "quick"]
     line.close()
     thread.join(SECONDS)
     assert not thread.is_alive()
@@ -334,7 +379,7 @@ def test_series_of_all_workers_are_one_family_and_told_apart() -> None:
     registries = {worker: CollectorRegistry() for worker in range(2)}
     for worker, registry in registries.items():
         Counter("calls", "Calls.", ("method",), registry=registry).labels("Classify").inc(worker + 1)
-    gathered = GatheredMetrics(lambda: {worker: registry.collect() for worker, registry in registries.items()}, lambda: 2)
+    gathered = GatheredMetrics(lambda: {worker: registry.collect() for worker, registry in registries.items()}, 2, lambda: 2)
     for _ in range(2):  # a scrape changes nothing
         lines = generate_latest(gathered.registry).decode().splitlines()
         assert [line for line in lines if line.startswith("calls_total")] == [

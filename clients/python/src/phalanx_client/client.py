@@ -15,7 +15,9 @@ from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from phalanx_client.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 TIMEOUT = 30.0  # seconds: a call without a deadline can wait for ever
-PAUSE = 0.1  # seconds before a call is made once more: a process that dies resets one connection after the other
+# Seconds before a call is made once more: a process that dies resets one connection after the other, and one that shuts down
+# refuses calls for a moment before it closes them.
+PAUSE = 0.3
 PATIENCE = 5.0  # seconds that it then waits for a connection
 # As large as a server's answers may get: some hundred images with all their evidence, over many classes.
 OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
@@ -121,15 +123,21 @@ class Client:
         try:
             answer = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or not self._reached:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                self._reached = True
+                raise errors.from_call(error) from None
+            if not self._reached:
                 raise errors.from_call(error) from None
             time.sleep(PAUSE)
-            left = PATIENCE if end is None else min(PATIENCE, max(0.0, end - time.monotonic()))
             try:
-                answer = method(request, timeout=left, metadata=self._metadata, wait_for_ready=True)
+                left = PATIENCE if end is None else min(PATIENCE, end - time.monotonic())
+                grpc.channel_ready_future(self._channel).result(max(0.0, left))
+                left_of_all = None if end is None else max(0.0, end - time.monotonic())
+                answer = method(request, timeout=left_of_all, metadata=self._metadata)
+            except grpc.FutureTimeoutError:  # nobody came back
+                raise errors.from_call(error) from None
             except grpc.RpcError as again:
-                gone = again.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # nobody came back: what was said first says more
-                raise errors.from_call(error if gone else again) from None
+                raise errors.from_call(again) from None
         self._reached = True
         return answer
 
