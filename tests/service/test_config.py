@@ -106,6 +106,25 @@ def test_what_kubernetes_injects_for_a_service_called_phalanx_is_not_ours() -> N
         pytest.param("listen: 127.0.0.1", "line 1: listen: expected host:port", id="an address without a port"),
         pytest.param("listen: 127.0.0.1:99999", "expected host:port", id="a port too high"),
         pytest.param("listen: ::1:50051", "expected host:port", id="an IPv6 host without brackets"),
+        pytest.param("workers: 0", "workers", id="no worker"),
+        pytest.param(
+            "front_end: native\ntls: {certificate: a.pem, key: b.pem}",
+            "speaks no TLS: leave it out, or have a proxy",
+            id="native TLS",
+        ),
+        pytest.param(
+            "front_end: native\nlimits: {max_connection_age_seconds: 5}",
+            "closes no connection by its age",
+            id="native connection age",
+        ),
+        pytest.param(
+            "front_end: native\ninsecure: true\nlisten: 0.0.0.0:1", "expected a private address in `listen`", id="native in public"
+        ),
+        pytest.param(
+            "front_end: native\nquota: {concurrent_calls: 4}",
+            "does not know the address of a stream: name `callers`",
+            id="native quota",
+        ),
         pytest.param("listen: 0.0.0.0:1", "without encryption: set `tls:.*or say `insecure: true`", id="a public address"),
         pytest.param("metrics: 0.0.0.0:1", "`metrics: 0.0.0.0:1` is reachable", id="public metrics"),
         pytest.param("listen: myhost:1", "is reachable from other machines", id="a host name that may be public"),

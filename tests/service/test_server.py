@@ -37,6 +37,9 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 MEMBERS = ["metric", "edge", "adversarial", "bayesian"]
 
 
+both = pytest.mark.parametrize("front_end", ["grpcio", "native"])
+
+
 def classify_one(running: Running, pixels: np.ndarray, ensemble: str = "") -> pb.Classification:
     return running.native.Classify(request(pixels[None], ensemble)).results[0].classification
 
@@ -255,8 +258,12 @@ def test_two_servers_do_not_share_a_port(tiny_bundle: Path, graphs: GraphCache, 
         Server(configured(tiny_bundle, listen=str(running.server.address)), graphs)
 
 
-def test_draining_says_not_serving_first_and_answers_what_was_accepted(tiny_bundle: Path, graphs: GraphCache) -> None:
-    server = Server(configured(tiny_bundle, ensembles={"full": {}}, shutdown={"notice_seconds": 0.3}), graphs)
+@both
+def test_draining_says_not_serving_first_and_answers_what_was_accepted(
+    tiny_bundle: Path, graphs: GraphCache, front_end: str
+) -> None:
+    shutdown = {"notice_seconds": 0.3}
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}, shutdown=shutdown, front_end=front_end), graphs)
     running = connected(server)
     with running.channel:
         watched = running.health.Watch(health_pb2.HealthCheckRequest(service="full"))
@@ -275,10 +282,11 @@ def test_draining_says_not_serving_first_and_answers_what_was_accepted(tiny_bund
             running.native.Classify(request(random_pixels(1)))
 
 
+@both
 def test_a_silent_stream_does_not_hold_up_the_end(
-    tiny_bundle: Path, graphs: GraphCache, hold: threading.Event, caplog: pytest.LogCaptureFixture
+    tiny_bundle: Path, graphs: GraphCache, hold: threading.Event, caplog: pytest.LogCaptureFixture, front_end: str
 ) -> None:
-    server = Server(configured(tiny_bundle, ensembles={"full": {}}), graphs)
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}, front_end=front_end), graphs)
     running = connected(server)
 
     def requests() -> Iterator[pb.ClassifyStreamRequest]:
@@ -296,8 +304,9 @@ def test_a_silent_stream_does_not_hold_up_the_end(
     assert "not finished" not in caplog.text
 
 
-def test_a_call_that_comes_while_the_server_ends_is_sent_elsewhere(tiny_bundle: Path, graphs: GraphCache) -> None:
-    server = Server(configured(tiny_bundle, ensembles={"full": {}}), graphs)
+@both
+def test_a_call_that_comes_while_the_server_ends_is_sent_elsewhere(tiny_bundle: Path, graphs: GraphCache, front_end: str) -> None:
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}, front_end=front_end), graphs)
     codes: set[grpc.StatusCode] = set()
 
     def call() -> None:
