@@ -61,7 +61,7 @@ class PerfAnalyzer:
         done = self._run("--version")
         if done.returncode:
             raise LoadFailed(f"perf_analyzer does not start: {done.stderr.strip()}; on Debian it needs the package libb64-0d")
-        return done.stdout.strip()
+        return (done.stdout or done.stderr).strip()
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         libraries = [str(self.environment.packages / "nvidia" / "cuda_runtime" / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]

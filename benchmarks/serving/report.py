@@ -52,6 +52,8 @@ def tables(results: Results) -> str:
     """All figures of one bundle, as Markdown."""
     parts = [_against(results)]
     for batch in BATCHES:
+        if not any(cell.batch == batch for cell in results.cells):
+            continue
         parts.append(f"{'Single images' if batch == 1 else f'Batches of {batch}'}, images/s, p50 and p99 of a call in ms:\n\n")
         parts.append(_row("concurrency", SERVERS))
         parts.append("|" + " --- |" * (len(SERVERS) + 1) + "\n")
@@ -65,17 +67,18 @@ def tables(results: Results) -> str:
 def page(found: Sequence[Results], picture: str) -> str:
     rounds = len(found[0].of(PHALANX, *ASKED))
     facts = found[0].facts
+    client = f" ({facts['client']})" if facts["client"] else ""
     head = f"""# Beside its peers
 
 Phalanx, Triton and MLServer with the same members on the same machine, asked by the same client. Measured by
 `python -m benchmarks.serving`; this page is written by `python -m benchmarks.serving.report`.
 
-{facts["machine"]}. Images are random pixels, seed 0. {rounds} rounds of {facts["seconds"]:g} s a figure, mean ± standard
-deviation over the rounds; in a round the servers are asked in turns, each round beginning with another. A ratio is taken in
-each round, then averaged. **Client and servers share the cores**: what the client takes, no server has.
+Images are random pixels, seed 0. {rounds} rounds of {facts["seconds"]:g} s a figure, mean ± standard deviation over the rounds;
+in a round the servers are asked in turns, each round beginning with another. A ratio is taken in each round, then averaged.
+**Client and servers share the cores**: what the client takes, no server has.
 
-* **Client**: perf_analyzer ({facts["client"]}), `--async`, gRPC, the same for all servers. It asks for every output that a
-  model's metadata names. MLServer lacks `ModelConfig` and `ModelStatistics`, without which perf_analyzer asks nothing:
+* **Client**: perf_analyzer{client}, `--async`, gRPC, the same for all servers. It asks for every output that a model's metadata
+  names. MLServer lacks `ModelConfig` and `ModelStatistics`, without which perf_analyzer asks nothing:
   `benchmarks/serving/mlserver_start.py` adds two fixed answers for them, and nothing that a timed call passes through.
 * **Phalanx**: its defaults, but for a queue of 4,096 images: of 64 callers with 32 images each, the default of 1,024 would
   refuse some. "Native" is `front_end: native`. It answers with all its outputs, votes and scores included; the peers with
@@ -99,7 +102,9 @@ window (64 callers with 32 images each); MLServer answers many calls at once, wh
 
 ![Throughput and latency of each server]({picture})
 """
-    return head + "".join(f"\n## Bundle {results.facts['bundle']}\n\n{tables(results)}" for results in found)
+    return head + "".join(
+        f"\n## Bundle {results.facts['bundle']}\n\n{results.facts['machine']}.\n\n{tables(results)}" for results in found
+    )
 
 
 def _against(results: Results) -> str:
@@ -113,7 +118,7 @@ def _against(results: Results) -> str:
         throughput, p99 = (_spread(results.ratios(what, batch, concurrency, ours), 2) for what in ("images_per_second", "p99"))
         found.append(f"throughput **{throughput} ×**, p99 **{p99} ×**")
     return (
-        f"Against Triton at concurrency {concurrency}, single images: {found[0]} (aims {limits[0]} and {limits[1]}): {said}. "
+        f"Against Triton at concurrency {concurrency}, single images: {found[0]} (aims {limits[0]} and {limits[1]}): {said}.\n"
         f"With the native front end: {found[1]}.\n\n"
     )
 

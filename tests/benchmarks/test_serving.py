@@ -290,7 +290,7 @@ def test_the_page_has_every_cell_and_the_setting_that_was_chosen(tmp_path: Path)
     assert page.count("| 210 ± 1; 10.0 ± 0.0; 20.0 ± 0.0 | 250 ± 1; ") == len(BATCHES) * len(CONCURRENCY)
     assert page.count(" | 100 ± 1; 30.0 ± 0.0; 60.0 ± 0.0 |") == len(BATCHES) * len(CONCURRENCY)
     assert "| Triton: fast | **29 ± 13**; 2 ± 0 | **29 ± 13**; 2 ± 0 |" in page
-    assert "throughput **2.09 ± 0.01 ×**, p99 **0.33 ± 0.00 ×** (aims ≥ 1.5 and ≤ 0.5): reached." in page
+    assert "throughput **2.09 ± 0.01 ×**, p99 **0.33 ± 0.00 ×** (aims ≥ 1.5 and ≤ 0.5): reached.\n" in page
     assert "With the native front end: throughput **2.49 ± 0.01 ×**, p99 **0.25 ± 0.00 ×**." in page
 
 
