@@ -166,6 +166,9 @@ def plot(found: Sequence[Results], file: Path) -> None:
                 axis.errorbar(
                     CONCURRENCY, heights, errors, label=server, color=COLOURS[server], marker="o", markersize=3, capsize=2
                 )
+            if not axis.has_data():  # not measured
+                axis.set_visible(False)
+                continue
             axis.set_xscale("log", base=2)
             axis.set_xticks(CONCURRENCY, [str(c) for c in CONCURRENCY])
             axis.set_xlabel("callers at once")
