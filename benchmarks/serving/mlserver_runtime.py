@@ -27,7 +27,7 @@ class FusedModel(MLModel):  # type: ignore[misc]  # mlserver is not installed wh
         folder, self._threads = Path(extra["folder"]), int(extra["threads"])
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.enable_mem_pattern = False
         options.log_severity_level = 3
         self._session = ort.InferenceSession(folder / "fused.onnx", options, providers=["CPUExecutionProvider"])
         masks = folder / "masks.npy"
