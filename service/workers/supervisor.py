@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 START_SECONDS = 300.0
 SCRAPE_SECONDS = 2.0  # a worker that takes longer is left out of a scrape
 DRAIN_MARGIN = 5.0  # beyond what the configuration allows for
-STEADY = 10.0  # a worker that lived so long is started again at once
+STEADY = 10.0  # seconds; the place of a worker that served so long is filled again at once
 LONGEST_PAUSE = 30.0  # between the starts of one that does not
 
 
