@@ -97,9 +97,9 @@ class Served:
         return sum(value for series, value in self.scrape().items() if series.startswith("phalanx_worker_ends_total"))
 
     def kill_one(self) -> None:
-        """One worker, the hard way; returns when another serves in its place."""
+        """The oldest worker, which has most connections, the hard way; returns when another serves in its place."""
         before = self.ends
-        os.kill(workers_of(self.process.pid)[-1], signal.SIGKILL)
+        os.kill(workers_of(self.process.pid)[0], signal.SIGKILL)
         self.until(lambda: self.ends == before + 1)
         self.until(lambda: self.scrape()[SERVING] == 2)
 
