@@ -6,8 +6,8 @@ queues (`submit`).
 
 When does a batch start? While all lanes are taken, requests gather; when one is free, its part of them goes at once. A request
 that finds a lane free waits only for callers who were answered together a moment ago and are likely to come back: until as many
-requests wait as the last run answered, but no longer than `max_delay` after that run. So a lone caller never waits, and callers
-in step stay in step.
+requests wait as the last run answered or left waiting, but no longer than `max_delay` after that run. So a lone caller never
+waits, and callers who are answered together are computed together again.
 
 A large request is split into runs, which other lanes may compute at the same time, and rejoined; it goes to the back of the
 queue after each, so that the requests behind it wait for one run and not for all of it. Callers who are known take turns

@@ -54,10 +54,12 @@ a configuration (every key has a default; paths are relative to the file):
     hard-vote: {rule: majority}
   decision: {review_rate: 0.05, reject_rate: 0.01}
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
+                                 # a run on a CPU is of at most 16 images
   device: {provider: auto, strict: false}
   workers: 1                     # processes that share the port (Linux); queues,
                                  # limits and quotas are each one's own
-  front_end: grpcio              # or native: faster, plain text only
+  front_end: grpcio              # or native: faster, plain text on a private
+                                 # address; pip install 'phalanx-ensemble[native]'
   limits: {disclosure: evidence} # or label, verdict, probabilities
   signature: {public_key: FILE}  # serve nothing else than `phalanx sign` signed
   admin: 127.0.0.1:50052         # reload, add and remove ensembles; off without it
@@ -77,7 +79,8 @@ environment variables go over the file, the options here over both:
 SIGHUP reads the configuration and the bundle again; what is wrong with them is
 logged, and the server goes on with what it has.
 SIGTERM drains: health says NOT_SERVING, accepted calls are answered, then the
-server stops. A second signal stops it at once."""
+server stops. A second signal stops it at once; with several workers it ends the one
+that watches them, and they answer what they have accepted."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Images in one run of a CPU session. Larger runs are slower: two threads computed batches of 64 of the default bundle 14% faster
-# in sixteens than in thirty-twos (docs/reports/serving-under-stress.md).
+# in sixteens than in thirty-twos.
 MOST_AT_ONCE = 16
 _COLUMNS = [column.name for column in fields(Decision)]
 
@@ -174,7 +174,7 @@ def open_session(graph: bytes, device: DeviceConfig) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # see Engine
     # The arena keeps the memory of a session's largest run for good, which is of sixteen images for each lane, and no more than
-    # the allocator keeps without one; runs of four and more small members' images are 1.8 times as fast with it. The pattern
+    # the allocator keeps without one; runs of eight and more images of small members are 1.8 times as fast with it. The pattern
     # planner adds memory and no speed.
     options.enable_mem_pattern = False
     options.log_severity_level = 3

@@ -8,18 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnxruntime as ort
 
-from benchmarks.bare import BareGraph
 from benchmarks.serving.perf_analyzer import Figures
 from benchmarks.throughput import BATCHES, Setting
-from service.config import DeviceConfig
-from service.engine import open_session
-
-
-def open_bare(graph: BareGraph) -> ort.InferenceSession:
-    """As the server opens it."""
-    return open_session(graph.content, DeviceConfig())
 
 
 @dataclass(frozen=True)

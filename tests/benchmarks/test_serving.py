@@ -25,7 +25,8 @@ from benchmarks.throughput import Setting
 from models.bundle import Bundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble, decide
-from service.config import ServiceConfig
+from service.config import DeviceConfig, ServiceConfig
+from service.engine import open_session
 from service.pb.inference import open_inference_pb2 as pb
 from tests.bundles import write_tiny_bundle
 
@@ -133,7 +134,7 @@ def test_the_steps_of_the_repository_answer_as_the_fused_graph(
     gathered: list[Request] = [
         {name: Tensor(name, answers[index]["logits"]) for name, answers in steps.items()} for index in range(len(images))
     ]
-    expected = bare.open_bare(graph)
+    expected = open_session(graph.content, DeviceConfig())
     for given, found in zip(images, served(tmp_path, "rule")(gathered), strict=True):
         columns = dict(zip(OUTPUTS, expected.run(list(OUTPUTS), graph.feeds(given)), strict=True))
         wanted = {name: np.asarray(column).reshape(len(given), -1) for name, column in columns.items()}
@@ -198,7 +199,7 @@ def test_peers_that_were_not_made_are_told_how_to(tmp_path: Path) -> None:
 
 
 def test_the_bare_session_takes_no_more_images_than_are_waiting(graph: BareGraph) -> None:
-    two = Setting("two", bare.open_bare(graph), 2, {})
+    two = Setting("two", open_session(graph.content, DeviceConfig()), 2, {})
     eights = replace(two, batch=8)
     swept = [bare.Swept(two, 10.0), bare.Swept(eights, 40.0), bare.Swept(replace(eights, callers=1), 30.0)]
     assert [bare.fastest(swept, images).images_per_second for images in (2, 8, 16)] == [10.0, 30.0, 40.0]

@@ -118,10 +118,10 @@ def write(file: Path, bundle: Path, ports: Mapping[str, str], **changes: Any) ->
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Served]:
+def served(folder: Path, **changes: Any) -> Iterator[Served]:
     file, bundle, log = folder / "phalanx.yaml", write_tiny_bundle(folder / "bundle"), folder / "log"
     ports = {key: f"127.0.0.1:{free_port()}" for key in ("listen", "metrics", "admin")}
-    write(file, bundle, ports)
+    write(file, bundle, ports, **changes)
     with log.open("w") as stderr, started(file, stderr, folder) as process:
         its = Served(file, bundle, Process(process.pid, ports["listen"]), ports["admin"], ports["metrics"], log)
         await_serving(its.process)
@@ -157,6 +157,17 @@ def test_connections_are_divided_among_the_workers_and_each_counts_for_itself(pa
     assert len(calls) == 2
     assert min(calls) > 0
     assert sum(calls) >= len(answers)
+
+
+def test_workers_share_a_port_behind_the_native_front_end_too(tmp_path: Path) -> None:
+    with served(tmp_path, front_end="native") as its:
+        its.everywhere(lambda stub: stub.Classify(request(random_pixels(2))))
+        count = 'phalanx_request_seconds_count{ensemble="full",method="Classify"'
+        calls = [value for series, value in its.scrape().items() if series.startswith(count)]
+        assert sum(calls) == 12
+        assert min(calls) > 0
+        its.kill_one()
+        assert its.names() == {("full",)}
 
 
 def test_a_killed_worker_costs_nobody_an_answer_who_asks_once_more(pair: Served) -> None:

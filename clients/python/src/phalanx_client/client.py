@@ -118,7 +118,7 @@ class Client:
         return answers.ensemble(response.ensemble)
 
     def _call(self, method: Callable[..., Response], request: Request, timeout: float | None) -> Response:
-        """One unary call, once more where the connection it was made over ended."""
+        """One unary call; once more where a server that answered before is not available."""
         end = None if timeout is None else time.monotonic() + timeout
         try:
             answer = method(request, timeout=timeout, metadata=self._metadata)
