@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="how many (default: 1 2); the last are killed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each figure of each round (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--kills", type=int, default=6, help="more, and the pauses before young workers are replaced grow (default: %(default)s)"
+    )
     given = parser.parse_args()
     config = read_config(given.config)
     print(f"{given.rounds} rounds, {given.seconds:g} s a figure, seed 0; {provenance()}")
