@@ -136,7 +136,7 @@ def kill(server: Process, kills: int, workers: int) -> int:
             over.set()
         for caller in callers:
             caller.result()
-    print(f"{kills} of {workers} workers killed in turns under 8 callers; another is started after {max(back):.2f} s at most")
+    print(f"{kills} kills, of {workers} workers in turns, under 8 callers; another is started after {max(back):.2f} s at most")
     for end, count in ends.most_common():
         print(f"  {end}: {count} calls")
     return int(bool(ends.keys() - {"answered", "answered when asked once more"}))
