@@ -8,13 +8,13 @@ The first table is CPU time of the server's process per call, one caller. The se
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Sequence
 
 from benchmarks import batched, echo
 from benchmarks.load import Load, quantile, rate
 from benchmarks.processes import provenance, random_images, request, simple
+from benchmarks.spread import spread
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
 KINDS: dict[str, Sequence[str]] = {"threads": (), "asyncio": ("--asyncio",)}
@@ -35,7 +35,7 @@ def main() -> None:
             sent_back[kind].append(microseconds(arguments, given.calls))
     print(f"sent back, {given.calls} calls a round: us of CPU per call")
     for kind, values in sent_back.items():
-        print(f"  {kind:>8}: {spread(values)}")
+        print(f"  {kind:>8}: {spread(values, 1)}")
     print("classified: calls/s; p99 in ms; ms of CPU per call")
     found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -44,7 +44,7 @@ def main() -> None:
                 for callers, figures in classified([cache, *arguments], given.seconds).items():
                     found.setdefault((callers, kind), []).append(figures)
     for (callers, kind), rounds in sorted(found.items()):
-        print(f"  {callers:>2} callers, {kind:>8}: {'; '.join(spread(values) for values in zip(*rounds, strict=True))}")
+        print(f"  {callers:>2} callers, {kind:>8}: {'; '.join(spread(values, 1) for values in zip(*rounds, strict=True))}")
 
 
 def microseconds(arguments: Sequence[str], calls: int) -> float:
@@ -72,10 +72,6 @@ def classified(arguments: Sequence[str], seconds: float) -> dict[int, tuple[floa
             spent = (server.cpu_seconds - before) * 1000 / len(answers)
             found[callers] = rate(answers), quantile([answer.from_begun for answer in answers], 0.99), spent
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":

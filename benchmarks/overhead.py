@@ -32,6 +32,7 @@ from benchmarks.processes import (
     request,
     simple,
 )
+from benchmarks.spread import spread
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
@@ -84,20 +85,12 @@ def report(rounds: list[dict[str, float]], message_bytes: int) -> int:
     """1 where it costs more than it may."""
     print(f"CPU time per call in microseconds, mean +- standard deviation over rounds; message of {message_bytes} bytes")
     for name in rounds[0]:
-        print(f"  {name:22} {spread([each[name] for each in rounds])}")
+        print(f"  {name:22} {spread([each[name] for each in rounds]):>16}")
     beyond = [each["server"] - (each["echo and graph"] - each["echo"]) for each in rounds]
-    print(f"  {'server beyond graph':22} {spread(beyond)}")
+    print(f"  {'server beyond graph':22} {spread(beyond):>16}")
     ratios = [cost / each["echo"] for cost, each in zip(beyond, rounds, strict=True)]
-    print(f"  (server - graph) / echo: {statistics.mean(ratios):.2f} +- {deviation(ratios):.2f} (at most {AT_MOST})")
+    print(f"  (server - graph) / echo: {spread(ratios, 2)} (at most {AT_MOST})")
     return int(statistics.mean(ratios) > AT_MOST)
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):7.0f} +- {deviation(values):.0f}"
-
-
-def deviation(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ image and ten of 64, and then its resident memory is read.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.processes import (
     read_config,
     request,
 )
+from benchmarks.spread import spread
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
 FOUR: dict[str, Any] = {
@@ -49,9 +49,8 @@ def main() -> None:
     ):
         with tempfile.TemporaryDirectory() as folder:
             first, later, idle, used = measure(config | {"ensembles": ensembles}, Path(folder), given.starts)
-        spread = f"{statistics.mean(later):.2f} +- {statistics.stdev(later):.2f} s"
         print(f"{title}, {SINGLE_CALLS} single calls to the first, {BATCHES} batches of {BATCH} to each")
-        print(f"  first start {first:.2f} s, later ones {spread} (at most {seconds})")
+        print(f"  first start {first:.2f} s, later ones {spread(later, 2)} s (at most {seconds})")
         print(f"  resident when SERVING {idle:.0f} MB, after the calls {used:.0f} MB (at most {megabytes})")
 
 

@@ -37,6 +37,7 @@ from benchmarks.processes import (
     read_config,
     request,
 )
+from benchmarks.spread import spread
 from service.config import ServiceConfig
 from service.engine import CPU, cores, open_session
 
@@ -75,8 +76,7 @@ def main() -> None:
             shares = measure(server, settings, given.rounds, given.seconds, given.floor_seconds)
     print("share of the floor, mean +- standard deviation over the rounds")
     for cell, found in shares.items():
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        print(f"  {cell}: {statistics.mean(found):.2f} +- {spread:.2f} (at least {cell.least})")
+        print(f"  {cell}: {spread(found, 2)} (at least {cell.least})")
     sys.exit(any(statistics.mean(found) < cell.least for cell, found in shares.items()))
 
 

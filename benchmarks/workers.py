@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -38,6 +37,7 @@ from benchmarks.processes import (
     request,
     workers_of,
 )
+from benchmarks.spread import spread
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 
@@ -83,10 +83,6 @@ def compare(config: Mapping[str, Any], cache: Path, workers: list[int], rounds: 
         per_second, p99 = (list(values) for values in zip(*figures_of_rounds, strict=True))
         which = f"{images:>2} images a call, {callers:>2} callers, {count} workers"
         print(f"  {which}: {spread(per_second)} images/s, p99 {spread(p99)} ms")
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.0f} +- {statistics.stdev(values) if len(values) > 1 else 0:.0f}"
 
 
 def kill(server: Process, kills: int, workers: int) -> int:

@@ -12,26 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from mlserver import MLModel
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 
+from benchmarks.serving.peer_session import MOST_AT_ONCE, open_graph, read_masks
 from benchmarks.serving.rule_file import OUTPUTS
-
-MOST_AT_ONCE = 16
 
 
 class FusedModel(MLModel):  # type: ignore[misc]  # mlserver is not installed where types are checked
     async def load(self) -> bool:
         extra = self.settings.parameters.extra
         folder, self._threads = Path(extra["folder"]), int(extra["threads"])
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(folder / "fused.onnx", options, providers=["CPUExecutionProvider"])
-        masks = folder / "masks.npy"
-        self._masks = {"masks": np.load(masks)} if masks.exists() else {}
+        self._session, self._masks = open_graph(folder / "fused.onnx"), read_masks(folder)
         self._pool = ThreadPoolExecutor(self._threads)
         return True
 

@@ -24,6 +24,7 @@ from benchmarks.serving.results import (
     TRITON,
     Results,
 )
+from benchmarks.spread import deviation, spread
 
 PAGE = REPOSITORY / "docs" / "reports" / "beside-its-peers.md"
 COLOURS = {PHALANX: "#1f5fa8", NATIVE: "#63a7e8", TRITON: "#6a9f1f", MLSERVER: "#c0662b", BARE: "#777777"}
@@ -162,7 +163,7 @@ def plot(found: Sequence[Results], file: Path) -> None:
                 if not all(cells):
                     continue
                 heights = [statistics.mean(values) for values in cells]
-                errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in cells]
+                errors = [deviation(values) for values in cells]
                 axis.errorbar(
                     CONCURRENCY, heights, errors, label=server, color=COLOURS[server], marker="o", markersize=3, capsize=2
                 )
@@ -185,8 +186,7 @@ def _bundle(results: Results) -> str:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    return spread(values, digits, "±")
 
 
 def _row(first: str, rest: Sequence[str]) -> str:

@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 
-MOST_AT_ONCE = 16  # images of one run, as in service/engine.py
+from benchmarks.serving.peer_session import MOST_AT_ONCE, open_graph, read_masks
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"]) / args["model_version"]
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        masks = folder / "masks.npy"
-        self.masks = {"masks": np.load(masks)} if masks.exists() else {}
+        self.session, self.masks = open_graph(folder / "model.onnx"), read_masks(folder)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         given = [pb_utils.get_input_tensor_by_name(request, "image").as_numpy() for request in requests]

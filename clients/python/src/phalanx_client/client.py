@@ -123,10 +123,9 @@ class Client:
         try:
             answer = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                self._reached = True
-                raise errors.from_call(error) from None
-            if not self._reached:
+            gone = error.code() is grpc.StatusCode.UNAVAILABLE
+            if not gone or not self._reached:
+                self._reached |= not gone
                 raise errors.from_call(error) from None
             time.sleep(PAUSE)
             try:
