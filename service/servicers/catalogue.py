@@ -13,6 +13,7 @@ from service.config import ServiceConfig
 from service.ensembles import Ensembles, LoadedEnsemble
 from service.errors import UnknownName
 from service.metrics import EnsembleMetrics
+from service.witnesses import Witness
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Served:
     names: AnswerNames
     spec: InputSpec
     bundle_version: str
+    witnesses: tuple[Witness, ...] = ()
 
 
 class Catalogue:

@@ -25,6 +25,7 @@ from service.logs import RequestLog
 from service.metrics import CallMetrics, Metrics
 from service.quota import Quota, Quotas
 from service.servicers.catalogue import Catalogue, Served
+from service.witnesses import Answered
 
 A_YEAR = 365 * 86400.0  # no deadline is a deadline in the far future
 INFERENCES = ("Classify", "ClassifyStream", "ModelInfer")
@@ -45,6 +46,13 @@ class Call:
     deadline: float | None  # on the monotonic clock
     verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
     paid: bool = False
+    known_as: str = ""
+
+    @property
+    def request_id(self) -> str:
+        """What the caller calls it, or a name of ours, which stays."""
+        self.known_as = self.known_as or request_id_of(self.context)
+        return self.known_as
 
     def ensemble(self, name: str) -> Served:
         """The ensemble of this name, or the default one for none, if the caller may ask it."""
@@ -80,8 +88,16 @@ class Call:
             if not self.context.add_callback(give_up):
                 give_up()
             result = self.wait(future)
-        self.verdicts = result.decision.verdict
+        self.answered(served, images, result)
         return result
+
+    def answered(self, served: Served, images: NDArray[np.uint8], result: Result) -> None:
+        """Take note of the answers to all images of the call, and let those look who look on."""
+        self.verdicts = result.decision.verdict
+        if served.witnesses:
+            seen = Answered(served.name, served.bundle_version, served.names, images, result, self.caller.name, self.request_id)
+            for witness in served.witnesses:
+                witness.saw(seen)
 
     def wait(self, future: Future[Result]) -> Result:
         """The answers to what was submitted, or DeadlineExceeded; what nobody waits for any more leaves the queue."""
@@ -146,7 +162,7 @@ class Gate:
                 call.caller.check(scope, method)
             answer = self._inference(call, work) if method in INFERENCES else work(call)
         except Exception as error:
-            failure = failure_of(error, request_id_of(context))
+            failure = failure_of(error, call.request_id if call else request_id_of(context))
             self.end(begun, failure.code)
             self.log(begun, context, call, failure.code)
             abort(failure, context)
@@ -200,8 +216,9 @@ class Gate:
         """Write a line about a call, if its end is one of those that get one; `call` is None for a stranger's."""
         verdicts = call.verdicts if call else None
         if self._log.wants(code.name, verdicts):
-            caller, seconds = call.caller.name if call else "", time.perf_counter() - begun.at
-            self._log.write(begun.method, begun.ensemble, caller, request_id_of(context), code.name, seconds, verdicts)
+            caller, request_id = (call.caller.name, call.request_id) if call else ("", request_id_of(context))
+            seconds = time.perf_counter() - begun.at
+            self._log.write(begun.method, begun.ensemble, caller, request_id, code.name, seconds, verdicts)
 
     def place(self, caller: Caller) -> AbstractContextManager[None]:
         """One of the places for calls; raises TooManyCalls or Draining as it is entered."""

@@ -24,7 +24,7 @@ from service.batcher import Draining, Result
 from service.codec import Answers, decode_one, write_error
 from service.config import Disclosure
 from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated, failure_of, request_id_of
-from service.images import PixelBudget
+from service.images import PixelBudget, Pixels
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.catalogue import Served
 from service.servicers.gate import Begun, Call, Gate, abort, deadline_of
@@ -40,7 +40,7 @@ class _Submitted:
     served: Served
     call: Call
     level: Disclosure
-    resized: bool
+    image: Pixels
     future: Future[Result]
 
 
@@ -155,7 +155,7 @@ class _Stream:
         served.metrics.decode(perf_counter() - began)
         future = call.submit(served, image.array[np.newaxis])
         self._pending.add(future)
-        return _Submitted(served, call, level, image.resized, future)
+        return _Submitted(served, call, level, image, future)
 
     def _leave(self, entry: _Entry) -> pb.ClassifyStreamResponse:
         """The answer to one request; an error is one too, and does not end the stream."""
@@ -166,17 +166,17 @@ class _Stream:
                 raise entry.outcome
             served, level = entry.outcome.served, entry.outcome.level
             result = entry.outcome.call.wait(entry.outcome.future)
-            entry.outcome.call.verdicts = result.decision.verdict
+            entry.outcome.call.answered(served, entry.outcome.image.array[np.newaxis], result)
             began = perf_counter()
             response.ensemble, response.bundle_version = served.name, served.bundle_version
             response.disclosure = pb.Disclosure.ValueType(level)
-            Answers(result, served.names, level).write(0, response.result.classification, entry.outcome.resized)
+            Answers(result, served.names, level).write(0, response.result.classification, entry.outcome.image.resized)
             served.metrics.encode(perf_counter() - began)
         except Unauthenticated:
             code = grpc.StatusCode.UNAUTHENTICATED
             raise  # the stream's, and not this request's alone
         except Exception as error:
-            failure = failure_of(error, request_id_of(self._context))
+            failure = failure_of(error, call.request_id if call else request_id_of(self._context))
             code = failure.code
             response.ensemble = entry.ensemble
             write_error(response.result, failure)
