@@ -92,7 +92,7 @@ class SystemCard(_Frozen):
 
 
 class Comparison(_Frozen):
-    """A system against another on the same images: robust accuracy, image by image."""
+    """A system against another on the same images, image by image: robust accuracy, unless a field says otherwise."""
 
     system: str
     other: str
@@ -101,6 +101,19 @@ class Comparison(_Frozen):
     lost: int
     p_value: float  # McNemar, exact, two-sided
     clean: float  # difference on the whole test split
+
+
+class EqualSize(_Frozen):
+    """The ensemble against one adversarially trained network as large as all its members, attacked on the same images."""
+
+    bundle: str  # of the one network
+    parameters: int = Field(ge=1)
+    members_parameters: int = Field(ge=1)  # of all members together
+    clean: Share  # of the whole test split
+    robust: Share
+    rejecting_5: Share
+    compared: Comparison
+    compared_rejecting_5: Comparison  # the same of robust accuracy with rejection
 
 
 class Check(_Frozen):
@@ -208,6 +221,7 @@ class Card(_Frozen):
     headline: Headline
     systems: tuple[SystemCard, ...]
     comparisons: tuple[Comparison, ...]
+    equal_size: EqualSize | None = None
     checks: tuple[Check, ...]
     oblivious: tuple[Oblivious, ...]
     ablation: Ablation | None = None

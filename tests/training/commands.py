@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SMOKE = ("--suite", "smoke", "--threads", "1")  # of attack, ablate and report
 
 
 def phalanx_train(*arguments: str) -> subprocess.CompletedProcess[str]:

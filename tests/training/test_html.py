@@ -23,6 +23,7 @@ from models.card import (
     Comparison,
     CurvePoint,
     Deployment,
+    EqualSize,
     Estimate,
     Headline,
     Matrix,
@@ -49,7 +50,6 @@ SYSTEMS: dict[str, tuple[float, float, float]] = {
     "edge": (0.7869, 0.3217, 0.3217),
     "metric": (0.8067, 0.4981, 0.5129),
     "adversarial-alone": (0.8577, 0.5644, 0.5721),
-    "equal-size": (0.8702, 0.5838, 0.5838),
     "full": (0.8553, 0.5712, 0.5893),
 }
 OWN = {
@@ -170,7 +170,19 @@ def whole_card() -> Card:
         comparisons=(
             Comparison(system="full", other="adversarial", robust=0.0101, won=43, lost=33, p_value=0.3019, clean=0.0034),
             Comparison(system="full", other="metric", robust=0.0731, won=112, lost=39, p_value=2.1e-9, clean=0.0486),
-            Comparison(system="full", other="equal-size", robust=-0.0126, won=61, lost=74, p_value=0.0301, clean=-0.0149),
+            Comparison(system="full", other="adversarial-alone", robust=0.0068, won=51, lost=44, p_value=0.5381, clean=-0.0024),
+        ),
+        equal_size=EqualSize(
+            bundle="one-network 3.1.4",
+            parameters=1_873_456,
+            members_parameters=1_902_331,
+            clean=share(0.8702, 4050),
+            robust=share(0.5838),
+            rejecting_5=share(0.6038),
+            compared=Comparison(system="full", other="one-network", robust=-0.0126, won=61, lost=74, p_value=0.0301, clean=-0.0149),
+            compared_rejecting_5=Comparison(
+                system="full", other="one-network", robust=-0.0145, won=58, lost=73, p_value=0.2207, clean=-0.0149
+            ),
         ),
         checks=(
             Check(name="The undefended member falls to 1% or less", passed=True, measured="bayesian 0.0%, n = 1,000"),
@@ -310,6 +322,7 @@ CARD = whole_card()
         ("systems", tuple(system.model_copy(update={"attacks": (), "curve": ()}) for system in CARD.systems)),
         ("attacks", tuple(system.attacks for system in CARD.systems)),
         ("curve", tuple(system.curve for system in CARD.systems)),
+        ("comparisons", CARD.equal_size),
         ("ablation", CARD.ablation),
         ("oblivious", (CARD.oblivious, CARD.queries)),
     ],
@@ -334,6 +347,8 @@ def test_every_share_stands_in_its_section_with_interval_and_n(page: Page, secti
         ("comparisons", "−1.3"),
         ("comparisons", "2.1e−09"),
         ("comparisons", "no difference shown"),
+        ("comparisons", "1,902,331"),
+        ("comparisons", "the one network is better"),
         ("detectors", "0.713"),
         ("ablation", "adversarial + bayesian + edge + metric"),
         ("orthogonality", "34.0%"),

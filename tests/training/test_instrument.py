@@ -15,7 +15,7 @@ from models.bundle import read_bundle
 from models.card import CARD_FILE, Card, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
-from tests.training.commands import phalanx_train
+from tests.training.commands import SMOKE, phalanx_train
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
 from training.evaluation.card import build
 from training.evaluation.evaluate import splits_of
@@ -23,22 +23,6 @@ from training.evaluation.report import finished
 from training.evaluation.scores import ledger
 from training.evaluation.suites import suite
 from training.system import Members, load_networks
-
-SMOKE = ("--suite", "smoke", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A campaign of the ablation, done in two shards, of which the first is told that the other is missing."""
-    folder = tmp_path_factory.mktemp("campaign")
-    first = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder), "--shard", "1/2")
-    assert first.returncode == 0, first.stderr
-    assert "the other shards have the rest" in first.stderr
-    second = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder), "--shard", "2/2")
-    assert second.returncode == 0, second.stderr
-    assert "adversarial+bayesian+edge" in second.stdout
-    assert "fewer safeguards than a published figure" in second.stdout
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ MASK_DRAWS = 10
 FEW = 0.03  # what an attack may lose when the masks it knew are drawn anew
 GRADIENT_IMAGES = 200
 BOOTSTRAPS = 2000
+NO_CONTROL = "a single adversarially trained network of the ensemble's size to compare with"  # training/evaluation/equal_size.py
 
 THREAT_MODEL = (
     "The attacker perturbs an image by at most epsilon in every channel of every pixel (l-infinity) and wants a wrong class, or a "
@@ -215,15 +216,16 @@ def _roc_curve(name: str, clean: NDArray[np.float32], attacked: NDArray[np.float
 def _comparisons(systems: Sequence[SystemCard], counted: Mapping[str, Ledger]) -> list[Comparison]:
     """The last system, which has all members, against every other, the most robust first."""
     *members, full = systems
-    return [_compared(full, other, counted) for other in sorted(members, key=lambda system: -system.robust.value)]
+    mine, ordered = counted[full.name].robust, sorted(members, key=lambda system: -system.robust.value)
+    return [compared(full.name, o.name, mine, counted[o.name].robust, full.clean.value - o.clean.value) for o in ordered]
 
 
-def _compared(one: SystemCard, other: SystemCard, counted: Mapping[str, Ledger]) -> Comparison:
-    mine, theirs = counted[one.name].robust, counted[other.name].robust
+def compared(system: str, other: str, mine: Bools, theirs: Bools, clean: float) -> Comparison:
+    """Two systems on the same images, (n,) each; `clean` is the difference of their clean accuracies."""
     won, lost = int((mine & ~theirs).sum()), int((theirs & ~mine).sum())
+    difference = float(mine.mean() - theirs.mean())
     return Comparison(
-        system=one.name, other=other.name, robust=float(mine.mean() - theirs.mean()), won=won, lost=lost,
-        p_value=mcnemar(won, lost), clean=one.clean.value - other.clean.value,
+        system=system, other=other, robust=difference, won=won, lost=lost, p_value=mcnemar(won, lost), clean=clean
     )  # fmt: skip
 
 
@@ -360,7 +362,7 @@ def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deploy
     if campaign.suite.name != "standard":
         missing.append("an attack that aims below the 1% threshold (the joint attack aims below that of 5%)")
     missing.append("attacks over fresh masks (the bundle serves fixed ones, and these are known to the attacker)")
-    missing.append("a single adversarially trained network of the ensemble's size to compare with")
+    missing.append(NO_CONTROL)
     missing.append("several training seeds")
     return missing
 

@@ -17,7 +17,7 @@ from models.card import CARD_FILE, encode_card
 from models.durable import replace_file
 from models.ensemble import Decision, Ensemble, Verdict, decide
 from models.networks.edge import EdgeNetwork
-from training.evaluation import attack
+from training.evaluation import attack, equal_size
 from training.evaluation.campaign import ROUNDED, Campaign, Unit
 from training.evaluation.card import build
 from training.evaluation.html import Example, Said, render
@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attack.add_arguments(parser)
     parser.add_argument("--html", type=Path, help="where the report goes (default: report.html in the campaign's folder)")
     parser.add_argument("--embed", action="store_true", help="put the card into the bundle")
+    parser.add_argument(
+        "--control", type=Path, metavar="BUNDLE",
+        help="hold the ensemble against the one classifier in this bundle, as large as all members together and attacked alike",
+    )  # fmt: skip
+    parser.add_argument("--control-out", type=Path, help="the folder of the control's campaign (default: as for --out)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     campaign = attack.open_campaign(args)
     units = finished(campaign)
     card = build(campaign, units, commands(args), kept_queries(campaign), kept_deployment(campaign))
+    if args.control:
+        control = equal_size.open_control(args, campaign)
+        card = equal_size.held_against(card, campaign, units, control, equal_size.finished(control, args.control))
     replace_file(campaign.folder / CARD_FILE, encode_card(card))
     page = args.html or campaign.folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,11 @@ def commands(args: argparse.Namespace) -> list[str]:
         + (f" --images {args.images}" if args.images else "")
         + (f" --seed {args.seed}" if args.seed else "")
     )
-    return [f"phalanx-train {command} {args.bundle} {options}" for command in ("attack", "ablate", "report")]
+    attacks = [f"phalanx-train {command} {args.bundle} {options}" for command in ("attack", "ablate")]
+    report = f"phalanx-train report {args.bundle} {options}"
+    if not args.control:
+        return [*attacks, report]
+    return [*attacks, f"phalanx-train attack {args.control} {options}", f"{report} --control {args.control}"]
 
 
 def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:

@@ -1,0 +1,107 @@
+"""The control of the conjecture: one adversarially trained network as large as all members together.
+
+Whoever builds an ensemble could have spent its parameters and its training on a single network. `report --control BUNDLE` holds
+the ensemble against that network, attacked by the same suite on the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.card import Card, Comparison, EqualSize
+from models.ensemble import Ensemble
+from training.evaluation.attack import open_campaign
+from training.evaluation.campaign import Campaign, Unit
+from training.evaluation.card import NO_CONTROL, compared
+from training.evaluation.scores import REVIEW, Ledger, answer, ledger, share
+from training.evaluation.subjects import full_and_members
+from training.refused import TrainingRefused
+
+SMALLER = 0.95  # of the members' parameters: a control that has fewer flatters the ensemble
+
+
+def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
+    """The campaign on the bundle of `--control`, which must be of this one's images, attacks and epsilon; or TrainingRefused."""
+    control = open_campaign(argparse.Namespace(**{**vars(args), "bundle": args.control, "out": args.control_out}))
+    found = control.bundle.manifest
+    if len(found.members) != 1 or not found.classifiers:
+        names = ", ".join(member.name for member in found.members)
+        raise TrainingRefused(f"--control {args.control}: expected a bundle of one classifier, got {names}")
+    if found.members[0].strength == "accurate":
+        raise TrainingRefused(
+            f"--control {args.control}: expected an adversarially trained network, got one trained on clean images"
+        )
+    if campaign.epsilon != control.epsilon:
+        raise TrainingRefused(f"--control {args.control}: expected epsilon {campaign.epsilon:g}, got {control.epsilon:g}")
+    if not np.array_equal(campaign.images.pixels, control.images.pixels):
+        raise TrainingRefused(f"--control {args.control}: expected the images that the ensemble was attacked on, got others")
+    if (wanted := _parameters(campaign)) * SMALLER > (got := _parameters(control)):
+        raise TrainingRefused(
+            f"--control {args.control}: expected about the {wanted:,} parameters that all members of the ensemble have together, "
+            f"got {got:,}: a smaller network proves nothing"
+        )
+    return control
+
+
+def finished(control: Campaign, bundle: Path) -> list[Unit]:
+    """All that `phalanx-train attack` does on the one network, or TrainingRefused."""
+    units = list(control.units(full_and_members(control.bundle.manifest)))
+    if left := sum(not control.done(unit) for unit in units):
+        raise TrainingRefused(
+            f"{control.folder}: expected all {len(units)} units done, got {left} that are not; attack the control first: "
+            f"phalanx-train attack {bundle} --suite {control.suite.name} --images {len(control.images)} --seed {control.seed}"
+        )
+    return units
+
+
+def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control: Campaign, control_units: Sequence[Unit]) -> Card:
+    """The card with the one network on it: what the ensemble is against it, and one safeguard less that is missing."""
+    mine, theirs = _counted(campaign, units), _counted(control, control_units)
+    label, _ = answer(_ensemble(control), control.clean("test")[0])
+    clean = share(label == control.splits.test.labels)
+    full, name = card.headline.ensemble, control.bundle.manifest.name
+    ahead = card.headline.clean.value - clean.value
+    found = EqualSize(
+        bundle=f"{name} {control.bundle.manifest.version}",
+        parameters=_parameters(control),
+        members_parameters=_parameters(campaign),
+        clean=clean,
+        robust=share(theirs.robust),
+        rejecting_5=share(theirs.robust_at(REVIEW)),
+        compared=compared(full, name, mine.robust, theirs.robust, ahead),
+        compared_rejecting_5=compared(full, name, mine.robust_at(REVIEW), theirs.robust_at(REVIEW), ahead),
+    )
+    conjecture = f"{card.headline.conjecture} {_sentence(found.compared, card.n)}"
+    return card.model_copy(
+        update={
+            "equal_size": found,
+            "missing": tuple(lack for lack in card.missing if lack != NO_CONTROL),
+            "headline": card.headline.model_copy(update={"conjecture": conjecture}),
+        }
+    )
+
+
+def _sentence(found: Comparison, n: int) -> str:
+    """What the one network is, seen from the ensemble."""
+    said = "is as robust" if found.p_value >= 0.05 else "is more robust" if found.robust < 0 else "is less robust"
+    return (
+        f"One adversarially trained network as large as all members {said} ({-100 * found.robust:+.1f} points, "
+        f"+{found.lost}/-{found.won} images, McNemar p = {found.p_value:.2g}, n = {n})."
+    )
+
+
+def _ensemble(campaign: Campaign) -> Ensemble:
+    return campaign.system(full_and_members(campaign.bundle.manifest)[-1]).ensemble
+
+
+def _counted(campaign: Campaign, units: Sequence[Unit]) -> Ledger:
+    return ledger(campaign, _ensemble(campaign), units).where(lambda row: row.counts)
+
+
+def _parameters(campaign: Campaign) -> int:
+    """Of all members together."""
+    return sum(member.parameters for member in campaign.bundle.manifest.members)
