@@ -96,6 +96,7 @@ class Run:
             "triton": f"Triton {peers.TRITON}, {self.peers.triton.describe()}",
             "mlserver": self.peers.mlserver.describe(),
             "client": client.version(),
+            "cores": cores(),
         }
 
     def starts(self, server: str, setting: str = "") -> Starts:

@@ -6,11 +6,12 @@ import base64
 import csv
 import json
 import os
+import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ class Figures:
     images_per_second: float
     p50: float
     p99: float
+    client: float = 0.0  # CPU milliseconds of the client for each image, its start included
 
 
 class LoadFailed(RuntimeError):
@@ -46,6 +48,7 @@ class PerfAnalyzer:
         """So many callers at once, each asking again as soon as it is answered; longer where a window saw no call end."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.csv"
+            before = _cpu_of_children()
             done = self._run(
                 "-m", target.model, "-u", target.address, "-i", "grpc", "--async", "-b", str(batch),
                 "--concurrency-range", str(concurrency), "--input-data", str(self.data), "--measurement-mode", "time_windows",
@@ -55,7 +58,8 @@ class PerfAnalyzer:
                 return self.measure(target, concurrency, batch, 2 * seconds)
             if done.returncode or not report.exists():
                 raise LoadFailed(f"perf_analyzer ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-            return read_report(report.read_text())
+            found = read_report(report.read_text())
+            return replace(found, client=1000 * (_cpu_of_children() - before) / (found.images_per_second * seconds))
 
     def version(self) -> str:
         done = self._run("--version")
@@ -77,6 +81,12 @@ def asking(environment: Environment, images: NDArray[np.uint8]) -> Iterator[Perf
         data = Path(folder) / "images.json"
         data.write_text(input_data(images))
         yield PerfAnalyzer(environment, data)
+
+
+def _cpu_of_children() -> float:
+    """Seconds of all processes of ours that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def input_data(images: NDArray[np.uint8]) -> str:

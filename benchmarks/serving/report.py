@@ -121,6 +121,18 @@ def _against(results: Results) -> str:
     return (
         f"Against Triton at concurrency {concurrency}, single images: {found[0]} (aims {limits[0]} and {limits[1]}): {said}.\n"
         f"With the native front end: {found[1]}.\n\n"
+        f"{_limit(results, batch, concurrency)}\n\n"
+    )
+
+
+def _limit(results: Results, batch: int, concurrency: int) -> str:
+    """What no server could exceed here."""
+    client = _spread([each.client for each in results.of(NATIVE, batch, concurrency)], 2)
+    graph = _spread([1000 * results.facts["cores"] / each.images_per_second for each in results.of(BARE, batch, concurrency)], 2)
+    most = _spread(results.free_of_charge(batch, concurrency), 2)
+    return (
+        f"A server that cost nothing beside the graph would reach **{most} ×**: of an image's CPU time {client} ms are the "
+        f"client's, and {graph} ms the bare session's."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ class Results:
         pairs = zip(self.of(ours, batch, concurrency), self.of(TRITON, batch, concurrency), strict=False)
         return [getattr(own, what) / getattr(theirs, what) for own, theirs in pairs]
 
+    def free_of_charge(self, batch: int, concurrency: int) -> list[float]:
+        """Of each round, over Triton's throughput: that of a server that costs nothing beside the graph, with our client."""
+        rounds = zip(*(self.of(server, batch, concurrency) for server in (NATIVE, BARE, TRITON)), strict=False)
+        return [
+            1 / (1 / bare.images_per_second + native.client / 1000 / self.facts["cores"]) / triton.images_per_second
+            for native, bare, triton in rounds
+        ]
+
     def _read(self, line: dict[str, Any]) -> None:
         if "facts" in line:
             self.facts = line["facts"]
@@ -109,6 +117,3 @@ class Results:
     def _write(self, line: dict[str, Any]) -> None:
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-assert {field.name for field in fields(Figures)} == {"images_per_second", "p50", "p99"}

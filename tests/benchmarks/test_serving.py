@@ -33,7 +33,15 @@ from tests.bundles import write_tiny_bundle
 REPORT = """Concurrency,Inferences/Second,Client Send,p50 latency,p90 latency,p95 latency,p99 latency
 16,841.3,12,18754,20011,21500,30250
 """
-FACTS = {"bundle": "eurosat 0123", "machine": "a machine", "triton": "t", "mlserver": "m", "client": "c", "seconds": 1.0}
+FACTS = {
+    "bundle": "eurosat 0123",
+    "machine": "a machine",
+    "triton": "t",
+    "mlserver": "m",
+    "client": "c",
+    "cores": 2,
+    "seconds": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +261,7 @@ def filled(file: Path, triton_rate: float = 100.0, triton_p99: float = 60.0, bun
             rate, p99 = own[server]
             for concurrency in CONCURRENCY:
                 for turn in range(2):
-                    results.add(Cell(server, batch, concurrency, turn), Figures(rate + turn, p99 / 2, p99))
+                    results.add(Cell(server, batch, concurrency, turn), Figures(rate + turn, p99 / 2, p99, client=2.0))
     return results
 
 
@@ -263,6 +271,12 @@ def test_a_run_that_was_cut_short_knows_what_it_has(tmp_path: Path) -> None:
     assert (again.facts, again.cells, again.tried) == (first.facts, first.cells, first.tried)
     assert again.chosen(TRITON, 1) == "fast"
     assert again.ratios("images_per_second", 1, 16) == [2.1, 211 / 101]
+
+
+def test_what_a_server_that_costs_nothing_would_reach(tmp_path: Path) -> None:
+    """300 images/s keep two cores busy for 6.67 ms an image; with 2 ms of the client that is 8.67, or 230.8 images/s."""
+    most = filled(tmp_path / "found.jsonl").free_of_charge(1, 16)
+    assert most[0] == pytest.approx(2000 / (2000 / 300 + 2) / 100)
 
 
 def test_figures_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
@@ -293,6 +307,7 @@ def test_the_page_has_every_cell_and_the_setting_that_was_chosen(tmp_path: Path)
     assert "| Triton: fast | **29 ± 13**; 2 ± 0 | **29 ± 13**; 2 ± 0 |" in page
     assert "throughput **2.09 ± 0.01 ×**, p99 **0.33 ± 0.00 ×** (aims ≥ 1.5 and ≤ 0.5): reached.\n" in page
     assert "With the native front end: throughput **2.49 ± 0.01 ×**, p99 **0.25 ± 0.00 ×**." in page
+    assert "would reach **2.30 ± 0.01 ×**: of an image's CPU time 2.00 ± 0.00 ms are the client's, and 6.66 ± 0.02 ms the" in page
 
 
 def test_the_plot_shows_every_server(tmp_path: Path) -> None:
