@@ -1,8 +1,9 @@
-"""A server of threads and one of asyncio: what a call costs that is only sent back, and how each does with the real batcher.
+"""Servers of threads, of asyncio, and in Rust: what a call costs that is only sent back, and how each does with the real batcher.
 
     python -m benchmarks.front_end
 
-The first table is CPU time of the server's process per call, one caller. The second: single images, several callers at once.
+The first table is CPU time of the server's process per call, one caller. The second: single images, several callers at once;
+`native` is threads behind a server in Rust, and `events` the same without a thread for each call.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks import batched, echo
 from benchmarks.load import Load, quantile, rate
@@ -17,7 +19,8 @@ from benchmarks.processes import provenance, random_images, request, simple
 from benchmarks.spread import spread
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
-KINDS: dict[str, Sequence[str]] = {"threads": (), "asyncio": ("--asyncio",)}
+SENT_BACK: dict[str, Sequence[str]] = {"threads": (), "asyncio": ("--asyncio",)}
+CLASSIFIED = {"threads": "--threads", "asyncio": "--asyncio", "native": "--native", "events": "--events"}
 WARM_UP = 300
 CALLERS = (1, 16, 64)
 
@@ -27,11 +30,12 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000, help="to be sent back per round (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each number of callers per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--config", type=Path, help="whose default ensemble classifies (default: that of the bundle that ships)")
     given = parser.parse_args()
     print(f"{given.rounds} rounds, one 64x64x3 image of raw pixels a call, seed 0; {provenance()}")
-    sent_back: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    sent_back: dict[str, list[float]] = {kind: [] for kind in SENT_BACK}
     for _ in range(given.rounds):
-        for kind, arguments in KINDS.items():
+        for kind, arguments in SENT_BACK.items():
             sent_back[kind].append(microseconds(arguments, given.calls))
     print(f"sent back, {given.calls} calls a round: us of CPU per call")
     for kind, values in sent_back.items():
@@ -40,8 +44,9 @@ def main() -> None:
     found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(given.rounds):
-            for kind, arguments in KINDS.items():
-                for callers, figures in classified([cache, *arguments], given.seconds).items():
+            for kind, how in CLASSIFIED.items():
+                arguments = [cache, how, *([str(given.config)] if given.config else [])]
+                for callers, figures in classified(arguments, given.seconds).items():
                     found.setdefault((callers, kind), []).append(figures)
     for (callers, kind), rounds in sorted(found.items()):
         print(f"  {callers:>2} callers, {kind:>8}: {'; '.join(spread(values, 1) for values in zip(*rounds, strict=True))}")
