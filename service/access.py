@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-import grpc
-
 from service.config import CallerConfig, Disclosure, QuotaConfig, Scope, ServiceConfig
+from service.context import Context
 from service.errors import Forbidden, Unauthenticated
 
 AUTHORIZATION = "authorization"
@@ -75,7 +74,7 @@ class Access:
                 self._certificates[its.certificate] = caller
         self.open = not config.callers
 
-    def identify(self, context: grpc.ServicerContext) -> Caller:
+    def identify(self, context: Context) -> Caller:
         """Who this call is from; raises Unauthenticated."""
         if self.open:
             return self._anonymous

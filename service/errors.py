@@ -21,6 +21,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from service.batcher import DeadlineExceeded, Draining, QueueFull
+from service.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def rich_status(failure: Failure) -> grpc.Status:
     return rpc_status.to_status(status)
 
 
-def request_id_of(context: grpc.ServicerContext) -> str:
+def request_id_of(context: Context) -> str:
     """The caller's x-request-id, or a new one.  Only an error needs it, so nothing is done for it before."""
     for key, value in context.invocation_metadata():
         if key == REQUEST_ID and isinstance(value, str) and re.fullmatch(r"[\w.:/+=-]{1,128}", value):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import grpc
 from prometheus_client import ProcessCollector
@@ -25,17 +25,22 @@ from service.graph_cache import GraphCache
 from service.metrics import Metrics
 from service.metrics_port import MetricsPort
 from service.pb.inference import open_inference_pb2_grpc
+from service.pb.inference.open_inference_pb2 import ModelInferRequest
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
+from service.pb.phalanx.v1.defense_ensemble_pb2 import ClassifyRequest
 from service.reload import CatalogueOffer, Changes, Offered, Reloaded, Reloader
 from service.servicers.admin import AdminServicer
 from service.servicers.catalogue import Catalogue
 from service.servicers.gate import Gate
-from service.servicers.health import Health, add_health, add_reflection
+from service.servicers.health import DEFENSE_ENSEMBLE, OPEN_INFERENCE, Health, add_health, add_reflection
 from service.servicers.malformed import Registrar
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.open_inference import OpenInferenceServicer
 from service.servicers.unread import Doorkeeper
 from service.tls import Certificates, InvalidCertificate
+
+if TYPE_CHECKING:
+    from service.native_front import NativeServer
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +148,10 @@ class Server:
     def _add_servicers(self) -> Health:
         native = DefenseEnsembleServicer(self._gate)
         open_inference = OpenInferenceServicer(self._gate)
+        if self._config.front_end == "native":
+            front = cast("NativeServer", self._server)
+            front.add_inference(DEFENSE_ENSEMBLE, ClassifyRequest.FromString, native.classify)
+            front.add_inference(OPEN_INFERENCE, ModelInferRequest.FromString, open_inference.infer)
         registrar = cast(grpc.Server, Registrar(self._server, self._gate))
         defense_ensemble_pb2_grpc.add_DefenseEnsembleServicer_to_server(native, registrar)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
@@ -198,10 +207,10 @@ def front_end(
     if config.front_end == "grpcio":
         return grpc.server(pool, options=options, interceptors=[Doorkeeper(gate)])
     try:
-        import pygrpc_native  # the extra `native`
+        from service.native_front import NativeServer  # the extra `native`
     except ImportError:
         raise CannotListen("front_end: native needs another package: pip install 'phalanx-ensemble[native]'") from None
-    return cast(grpc.Server, pygrpc_native.server(pool, options=options))  # reads messages where no thread of ours waits for it
+    return cast(grpc.Server, NativeServer(pool, options))  # reads messages where no thread of ours waits for it
 
 
 def _options(config: ServiceConfig, share_port: bool = False) -> list[tuple[str, int]]:

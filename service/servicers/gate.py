@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Never, TypeVar
@@ -18,6 +18,7 @@ from service.access import ANONYMOUS, Caller
 from service.batcher import DeadlineExceeded, Draining, Result
 from service.codec import disclosure
 from service.config import Disclosure, Scope
+from service.context import Context
 from service.engine import Stop
 from service.errors import Failure, TooManyCalls, Unauthenticated, failure_of, request_id_of, rich_status
 from service.fair_queue import Holdings
@@ -30,6 +31,7 @@ from service.witnesses import Answered
 A_YEAR = 365 * 86400.0  # no deadline is a deadline in the far future
 INFERENCES = ("Classify", "ClassifyStream", "ModelInfer")
 WORTH_STOPPING = 8  # images of a lone call, some hundredth of a second
+WAITED_TOO_LONG = "the deadline passed while the images waited or were computed"
 MOST_RELOADS = 8  # that may overtake one call; each gives it another start
 
 Answer = TypeVar("Answer")
@@ -42,7 +44,7 @@ class Call:
     catalogue: Catalogue
     caller: Caller
     quota: Quota
-    context: grpc.ServicerContext
+    context: Context
     deadline: float | None  # on the monotonic clock
     verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
     paid: bool = False
@@ -81,15 +83,19 @@ class Call:
         result = served.loaded.batcher.compute_now(images, self.deadline, stop)
         if result is None:
             future = self.submit(served, images)
-
-            def give_up() -> None:
-                future.cancel()
-
-            if not self.context.add_callback(give_up):
-                give_up()
+            self.give_up_with_caller(future)
             result = self.wait(future)
         self.answered(served, images, result)
         return result
+
+    def give_up_with_caller(self, future: Future[Result]) -> None:
+        """Take out of the queue what the caller does not wait for any more."""
+
+        def give_up() -> None:
+            future.cancel()
+
+        if not self.context.add_callback(give_up):
+            give_up()
 
     def answered(self, served: Served, images: NDArray[np.uint8], result: Result) -> None:
         """Take note of the answers to all images of the call, and let those look who look on."""
@@ -99,6 +105,17 @@ class Call:
             for witness in served.witnesses:
                 witness.saw(seen)
 
+    def ended(self, served: Served, images: NDArray[np.uint8], future: Future[Result]) -> Result:
+        """The answers to all images of the call, of which the future is done."""
+        try:
+            result = future.result(0)
+        except CancelledError:
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise DeadlineExceeded(WAITED_TOO_LONG) from None
+            raise
+        self.answered(served, images, result)
+        return result
+
     def wait(self, future: Future[Result]) -> Result:
         """The answers to what was submitted, or DeadlineExceeded; what nobody waits for any more leaves the queue."""
         try:
@@ -106,7 +123,7 @@ class Call:
         except TimeoutError:
             if not future.cancel() and future.done():  # it ended just now, or the work itself raised it
                 return future.result()
-            raise DeadlineExceeded("the deadline passed while the images waited or were computed") from None
+            raise DeadlineExceeded(WAITED_TOO_LONG) from None
 
 
 class Begun(NamedTuple):
@@ -141,7 +158,7 @@ class Gate:
         self._calls = {}  # which of the callers' names are ours may have changed
         return before
 
-    def identify(self, context: grpc.ServicerContext, deadline: float | None = None) -> Call:
+    def identify(self, context: Context, deadline: float | None = None) -> Call:
         """The call as it stands now; raises Unauthenticated. `deadline`, on the monotonic clock, is known after the first time."""
         catalogue = self.catalogue
         caller = catalogue.access.identify(context)
@@ -151,24 +168,19 @@ class Gate:
     def answer(
         self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
     ) -> Answer:
-        """Do the work of a unary call, for which the caller needs the scope, or end it with a status.
-
-        The work of an inference may be done again from its start, with another catalogue, if a reload overtakes it.
-        """
+        """Do the work of a unary call that needs no place, or end it with a status; `scope` is what the caller must have."""
         begun, call = self.begin(method, name), None
         try:
             call = self.identify(context)
             if scope is not None:
                 call.caller.check(scope, method)
-            answer = self._inference(call, work) if method in INFERENCES else work(call)
+            answer = work(call)
         except Exception as error:
             failure = failure_of(error, call.request_id if call else request_id_of(context))
             self.end(begun, failure.code)
             self.log(begun, context, call, failure.code)
             abort(failure, context)
         self.end(begun)
-        if method in INFERENCES:
-            self.log(begun, context, call)
         return answer
 
     @property
@@ -210,9 +222,7 @@ class Gate:
                 spent = time.perf_counter() - begun.at
                 self.failed_seconds[begun.ensemble] = self.failed_seconds.get(begun.ensemble, 0.0) + spent
 
-    def log(
-        self, begun: Begun, context: grpc.ServicerContext, call: Call | None, code: grpc.StatusCode = grpc.StatusCode.OK
-    ) -> None:
+    def log(self, begun: Begun, context: Context, call: Call | None, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
         """Write a line about a call, if its end is one of those that get one; `call` is None for a stranger's."""
         verdicts = call.verdicts if call else None
         if self._log.wants(code.name, verdicts):
@@ -241,11 +251,6 @@ class Gate:
                 now = self.identify(call.context, call.deadline)
                 call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
         return work(call)
-
-    def _inference(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
-        """Work that needs a place."""
-        with self.place(call.caller), call.quota.call():
-            return self.begun_again(call, work)
 
     @contextmanager
     def _place(self, places: Holdings, caller: Caller, kind: str) -> Iterator[None]:
@@ -280,7 +285,7 @@ def abort(failure: Failure, context: grpc.ServicerContext) -> Never:
     raise AssertionError("abort_with_status returned")
 
 
-def deadline_of(context: grpc.ServicerContext) -> float | None:
+def deadline_of(context: Context) -> float | None:
     """The caller's deadline on the monotonic clock. To be asked once: gRPC goes by the wall clock, and that may jump."""
     left = context.time_remaining()
     return None if left > A_YEAR else time.monotonic() + left

@@ -17,7 +17,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2
 from service.servicers.gate import Gate
 from service.servicers.malformed import Malformed
 
-SERVICES = (
+SERVICES = DEFENSE_ENSEMBLE, OPEN_INFERENCE = (
     defense_ensemble_pb2.DESCRIPTOR.services_by_name["DefenseEnsemble"].full_name,
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )

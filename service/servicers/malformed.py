@@ -33,12 +33,12 @@ class Registrar:
         """Nothing: generated code registers every method by its name as well."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
-        lenient = {method: self._lenient(method, handler) for method, handler in handlers.items()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, lenient),))
-        self._server.add_registered_method_handlers(service, lenient)
+        wrapped = {method: self._lenient(method, handler) for method, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
+        self._server.add_registered_method_handlers(service, wrapped)
 
     def _lenient(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        parse, write = _lenient_parse(handler.request_deserializer), handler.response_serializer
+        parse, write = lenient(handler.request_deserializer), handler.response_serializer
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(handler.stream_stream, parse, write)
         answer = handler.unary_unary or handler.unary_stream
@@ -54,11 +54,13 @@ class Registrar:
         return grpc.unary_unary_rpc_method_handler(checked, parse, write)
 
 
-def _lenient_parse(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def lenient(data: bytes) -> Any:
+def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`parse`, but of bytes that are no message makes Malformed."""
+
+    def parsed(data: bytes) -> Any:
         try:
             return parse(data)
         except DecodeError:
             return Malformed(InvalidRequest(f"expected a message of this method, got {len(data)} bytes that cannot be parsed"))
 
-    return lenient
+    return parsed

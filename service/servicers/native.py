@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from time import perf_counter
 
 import grpc
 
+from service.batcher import Result
 from service.codec import Answers, check_number, decode_images, encode_results
 from service.config import Scope
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.servicers.description import describe
 from service.servicers.gate import Call, Gate
+from service.servicers.inference import Asked, Inference
 from service.servicers.stream import answer_stream
 
 
 class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self.classify: Inference[pb.ClassifyRequest, pb.ClassifyResponse] = Inference(
+            gate, "Classify", lambda request: request.ensemble, self._read, _only_pixels
+        )
 
     def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
-        return self._gate.answer("Classify", request.ensemble, context, partial(self._classify, request))
+        return self.classify(request, context)
 
     def ClassifyStream(
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext
@@ -45,7 +49,7 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
 
         return self._gate.answer("GetEnsemble", request.ensemble, context, description, Scope.DESCRIBE)
 
-    def _classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
+    def _read(self, request: pb.ClassifyRequest, call: Call) -> Asked[pb.ClassifyResponse]:
         served = call.ensemble(request.ensemble)
         level = call.disclosure(request.disclosure, served)
         check_number(request.images, call.catalogue.limits)
@@ -53,13 +57,20 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
         began = perf_counter()
         decoded = decode_images(request.images, served.spec, call.catalogue.limits, call.context.is_active)
         served.metrics.decode(perf_counter() - began)
-        result = call.compute(served, decoded.pixels) if len(decoded.pixels) else None
-        began = perf_counter()
-        response = pb.ClassifyResponse(
-            ensemble=served.name, bundle_version=served.bundle_version, disclosure=pb.Disclosure.ValueType(level)
-        )
-        encode_results(response.results, decoded, Answers(result, served.names, level) if result else None)
-        served.metrics.encode(perf_counter() - began)
-        if decoded.errors:
-            self._gate.metrics.image_errors(served.name, grpc.StatusCode.INVALID_ARGUMENT.name, len(decoded.errors))
-        return response
+
+        def answer(result: Result | None) -> pb.ClassifyResponse:
+            began = perf_counter()
+            response = pb.ClassifyResponse(
+                ensemble=served.name, bundle_version=served.bundle_version, disclosure=pb.Disclosure.ValueType(level)
+            )
+            encode_results(response.results, decoded, Answers(result, served.names, level) if result else None)
+            served.metrics.encode(perf_counter() - began)
+            if decoded.errors:
+                self._gate.metrics.image_errors(served.name, grpc.StatusCode.INVALID_ARGUMENT.name, len(decoded.errors))
+            return response
+
+        return Asked(served, decoded.pixels, answer)
+
+
+def _only_pixels(request: pb.ClassifyRequest) -> bool:
+    return all(image.WhichOneof("content") == "raw" for image in request.images)

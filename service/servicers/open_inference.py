@@ -12,12 +12,14 @@ from time import perf_counter
 
 import grpc
 
+from service.batcher import Result
 from service.config import Scope
 from service.errors import UnknownName
 from service.pb.inference import open_inference_pb2 as pb
 from service.pb.inference import open_inference_pb2_grpc as pb_grpc
 from service.servicers.catalogue import Served
 from service.servicers.gate import Call, Gate
+from service.servicers.inference import Asked, Inference
 from service.servicers.statistics import statistics
 from service.tensors import DATATYPE, INPUT, TYPES, disclosed_outputs, read_input, requested_outputs, write_outputs
 
@@ -28,6 +30,9 @@ PLATFORM = "phalanx_onnxruntime"
 class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self.infer: Inference[pb.ModelInferRequest, pb.ModelInferResponse] = Inference(
+            gate, "ModelInfer", lambda request: request.model_name, _read, lambda request: bool(request.raw_input_contents)
+        )
 
     def ServerLive(self, request: pb.ServerLiveRequest, context: grpc.ServicerContext) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -66,10 +71,10 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return self._gate.answer("ModelStatistics", request.name, context, counted, Scope.ADMIN)
 
     def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
-        return self._gate.answer("ModelInfer", request.model_name, context, partial(_infer, request))
+        return self.infer(request, context)
 
 
-def _infer(request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferResponse]:
     call.caller.check_ensemble(request.model_name)
     served = _find(call, request.model_name, request.model_version, "model_name", "model_version")
     outputs = requested_outputs(request.outputs, served.names, call.caller.disclosure(served.name))
@@ -77,13 +82,17 @@ def _infer(request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
     images = read_input(request, served.spec, call.catalogue.limits)
     served.metrics.decode(perf_counter() - began)
     call.spend(len(images))
-    result = call.compute(served, images)
-    began = perf_counter()
-    response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
-    response.parameters["bundle_version"].string_param = served.bundle_version
-    write_outputs(response, result, outputs)
-    served.metrics.encode(perf_counter() - began)
-    return response
+
+    def answer(result: Result | None) -> pb.ModelInferResponse:
+        assert result is not None, "there is an image in every request that can be read"
+        began = perf_counter()
+        response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
+        response.parameters["bundle_version"].string_param = served.bundle_version
+        write_outputs(response, result, outputs)
+        served.metrics.encode(perf_counter() - began)
+        return response
+
+    return Asked(served, images, answer)
 
 
 def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:

@@ -1,0 +1,127 @@
+"""A unary method that classifies, apart from whoever carries its messages: in the thread of the call, or in none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from service.batcher import Result
+from service.context import Context
+from service.engine import Images
+from service.errors import Failure, failure_of, request_id_of
+from service.servicers.catalogue import Served
+from service.servicers.gate import Begun, Call, Gate, abort
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Generic[Response]):
+    """What a request comes to once it is read."""
+
+    served: Served
+    images: Images  # none where every image of the request is broken
+    answer: Callable[[Result | None], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Inference(Generic[Request, Response]):
+    """`now` and `later` do the same: begin, find a place, read, compute, answer, count and log."""
+
+    gate: Gate
+    method: str
+    ensemble: Callable[[Request], str]  # which the request names
+    read: Callable[[Request, Call], Asked[Response]]
+    quick: Callable[[Request], bool]  # whether it is read in no time, as pixels are and files are not
+
+    def __call__(self, request: Request, context: grpc.ServicerContext) -> Response:
+        """As a handler of grpcio."""
+        outcome = self.now(request, context)
+        if isinstance(outcome, Failure):
+            abort(outcome, context)
+        return outcome
+
+    def now(self, request: Request, context: Context) -> Response | Failure:
+        """In this thread, which waits."""
+        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request)))
+        try:
+            call = asking.enter()
+            return asking.succeeded(self.gate.begun_again(call, partial(self._computed, request)))
+        except Exception as error:
+            return asking.failed(error)
+
+    def later(self, request: Request, context: Context, tell: Callable[[Response | Failure], None]) -> None:
+        """Return as soon as the images wait for their run; whoever computes them tells the outcome."""
+        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request)))
+        try:
+            call = asking.enter()
+            asked, future = self.gate.begun_again(call, partial(self._submitted, request))
+        except Exception as error:
+            tell(asking.failed(error))
+            return
+
+        def end(future: Future[Result] | None) -> None:
+            try:
+                result = call.ended(asked.served, asked.images, future) if future else None
+                outcome: Response | Failure = asking.succeeded(asked.answer(result))
+            except Exception as error:
+                outcome = asking.failed(error)
+            tell(outcome)
+
+        if future is None:
+            end(None)
+        else:
+            future.add_done_callback(end)
+            call.give_up_with_caller(future)
+
+    def refused(self, error: Exception, context: Context) -> Failure:
+        """What becomes of a request that is none."""
+        return _Asking(self.gate, context, self.gate.begin(self.method, "")).failed(error)
+
+    def _computed(self, request: Request, call: Call) -> Response:
+        asked = self.read(request, call)
+        return asked.answer(call.compute(asked.served, asked.images) if len(asked.images) else None)
+
+    def _submitted(self, request: Request, call: Call) -> tuple[Asked[Response], Future[Result] | None]:
+        asked = self.read(request, call)
+        return asked, call.submit(asked.served, asked.images) if len(asked.images) else None
+
+
+class _Asking:
+    """One request from its first to its last moment: its place, its count, its line in the log."""
+
+    __slots__ = ("_begun", "_call", "_context", "_gate", "_held")
+
+    def __init__(self, gate: Gate, context: Context, begun: Begun) -> None:
+        self._gate, self._context, self._begun = gate, context, begun
+        self._call: Call | None = None
+        self._held = ExitStack()
+
+    def enter(self) -> Call:
+        """Who asks, with a place; raises what `failed` is to be told."""
+        call = self._call = self._gate.identify(self._context)
+        self._held.enter_context(self._gate.place(call.caller))
+        self._held.enter_context(call.quota.call())
+        return call
+
+    def succeeded(self, response: Response) -> Response:
+        self._end(grpc.StatusCode.OK)
+        return response
+
+    def failed(self, error: Exception) -> Failure:
+        failure = failure_of(error, self._call.request_id if self._call else request_id_of(self._context))
+        self._end(failure.code)
+        return failure
+
+    def _end(self, code: grpc.StatusCode) -> None:
+        self._held.close()
+        self._gate.end(self._begun, code)
+        self._gate.log(self._begun, self._context, self._call, code)
