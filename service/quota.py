@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from service.config import QuotaConfig
 from service.errors import TooFast
@@ -24,19 +23,17 @@ class Quota:
         self._calls = 0
         self._tokens, self._filled = float(limits.burst_images), clock()
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """One of the caller's calls; raises TooFast where it has too many already."""
+    def begin_call(self) -> None:
+        """Raises TooFast where the caller has too many calls already."""
         most = self.limits.concurrent_calls
         with self._lock:
             if most is not None and self._calls >= most:
                 raise TooFast(f"caller `{self._name}` has {self._calls} calls open already, which is its limit", 0.1)
             self._calls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
+
+    def end_call(self) -> None:
+        with self._lock:
+            self._calls -= 1
 
     def spend(self, images: int) -> None:
         """Take tokens for images, or raise TooFast.
@@ -66,7 +63,7 @@ class Quotas:
     def of(self, name: str, limits: QuotaConfig) -> Quota:
         with self._lock:
             found = self._quotas.get(name)
-            if found is None or found.limits != limits:
+            if found is None or (found.limits is not limits and found.limits != limits):
                 found = self._quotas[name] = Quota(limits, name)
             self._quotas.move_to_end(name)
             if len(self._quotas) > REMEMBERED:

@@ -55,30 +55,50 @@ def possible_outputs(names: AnswerNames) -> tuple[Output, ...]:
     )
 
 
-def disclosed_outputs(names: AnswerNames, limit: Disclosure) -> tuple[Output, ...]:
-    return tuple(output for output in possible_outputs(names) if output.level <= limit)
+class Outputs:
+    """What an ensemble may tell at one level of disclosure: made once, as every call needs it."""
+
+    def __init__(self, names: AnswerNames, limit: Disclosure) -> None:
+        self._possible = {output.name for output in possible_outputs(names)}
+        self._limit = limit
+        self.all = tuple(output for output in possible_outputs(names) if output.level <= limit)
+        self._by_name = {output.name: output for output in self.all}
+        self._of_one_image = pb.ModelInferResponse(outputs=[_described(output, 1) for output in self.all])
+
+    def requested(self, requested: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor]) -> tuple[Output, ...]:
+        """The outputs asked for, in the order of the request; all that may be told where none is."""
+        chosen: dict[str, Output] = {}
+        for index, output in enumerate(requested):
+            if output.parameters:
+                _refuse_shared_memory(output, f"outputs[{index}]")
+            if output.name in chosen or output.name not in self._by_name:
+                raise self._wrong(output.name, f"outputs[{index}].name")
+            chosen[output.name] = self._by_name[output.name]
+        found = tuple(chosen.values())
+        return self.all if not found or found == self.all else found
+
+    def write(self, response: pb.ModelInferResponse, result: Result, chosen: tuple[Output, ...]) -> None:
+        """`chosen` is what `requested` found."""
+        n = len(result.decision.label)
+        if n == 1 and chosen is self.all:
+            response.MergeFrom(self._of_one_image)
+        else:
+            response.outputs.extend(_described(output, n) for output in chosen)
+        for output in chosen:
+            values = result.masks_seeds if output.name == MASKS_SEED else getattr(result.decision, output.name)
+            response.raw_output_contents.append(np.asarray(values, DTYPES[output.datatype]).tobytes())
+
+    def _wrong(self, name: str, field: str) -> InvalidRequest | NotDisclosed:
+        if name in self._by_name:
+            return InvalidRequest(f"expected each output once, got {name!r} twice", field)
+        sentence = f"expected outputs among {', '.join(self._by_name)}, got {name[:80]!r}"
+        if name in self._possible:
+            return NotDisclosed(f"{sentence}, which is more than this server tells (limit: {self._limit.name.lower()})", field)
+        return InvalidRequest(sentence, field)
 
 
-def requested_outputs(
-    requested: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor], names: AnswerNames, limit: Disclosure
-) -> tuple[Output, ...]:
-    """The outputs asked for, in the order of the request; all that may be told where none is."""
-    disclosed = {output.name: output for output in disclosed_outputs(names, limit)}
-    if not requested:
-        return tuple(disclosed.values())
-    chosen: dict[str, Output] = {}
-    for index, output in enumerate(requested):
-        field = f"outputs[{index}].name"
-        _refuse_shared_memory(output, f"outputs[{index}]")
-        if output.name in chosen:
-            raise InvalidRequest(f"expected each output once, got {output.name!r} twice", field)
-        if output.name not in disclosed:
-            sentence = f"expected outputs among {', '.join(disclosed)}, got {output.name[:80]!r}"
-            if any(output.name == known.name for known in possible_outputs(names)):
-                raise NotDisclosed(f"{sentence}, which is more than this server tells (limit: {limit.name.lower()})", field)
-            raise InvalidRequest(sentence, field)
-        chosen[output.name] = disclosed[output.name]
-    return tuple(chosen.values())
+def _described(output: Output, n: int) -> pb.ModelInferResponse.InferOutputTensor:
+    return pb.ModelInferResponse.InferOutputTensor(name=output.name, datatype=output.datatype, shape=(n, *output.shape))
 
 
 def read_input(request: pb.ModelInferRequest, spec: InputSpec, limits: LimitsConfig) -> NDArray[np.uint8]:
@@ -128,12 +148,3 @@ def _refuse_shared_memory(
 ) -> None:
     if "shared_memory_region" in tensor.parameters:
         raise InvalidRequest("expected contents in the message: this server offers no shared memory", f"{field}.parameters")
-
-
-def write_outputs(response: pb.ModelInferResponse, result: Result, outputs: Sequence[Output]) -> None:
-    n = len(result.decision.label)
-    for output in outputs:
-        values = result.masks_seeds if output.name == MASKS_SEED else getattr(result.decision, output.name)
-        column = np.ascontiguousarray(values, DTYPES[output.datatype])
-        response.outputs.add(name=output.name, datatype=output.datatype, shape=(n, *output.shape))
-        response.raw_output_contents.append(column.tobytes())

@@ -9,10 +9,11 @@ from types import MappingProxyType
 from models.manifest import InputSpec
 from service.access import Access
 from service.codec import AnswerNames
-from service.config import ServiceConfig
+from service.config import Disclosure, ServiceConfig
 from service.ensembles import Ensembles, LoadedEnsemble
 from service.errors import UnknownName
 from service.metrics import EnsembleMetrics
+from service.tensors import Outputs
 from service.witnesses import Witness
 
 
@@ -24,6 +25,7 @@ class Served:
     loaded: LoadedEnsemble
     metrics: EnsembleMetrics
     names: AnswerNames
+    outputs: Mapping[Disclosure, Outputs]
     spec: InputSpec
     bundle_version: str
     witnesses: tuple[Witness, ...] = ()
@@ -50,16 +52,18 @@ class Catalogue:
 
 def _served(loaded: LoadedEnsemble, ensembles: Ensembles) -> Served:
     manifest, ensemble = ensembles.bundle.manifest, loaded.ensemble
+    names = AnswerNames(
+        manifest.classes,
+        tuple(voter.name for voter in ensemble.voters),
+        tuple(str(detector.name) for detector in ensemble.detectors),
+        any(manifest.member(name).stochastic for name in ensemble.members),
+    )
     return Served(
         name=loaded.name,
         loaded=loaded,
         metrics=loaded.metrics,
-        names=AnswerNames(
-            manifest.classes,
-            tuple(voter.name for voter in ensemble.voters),
-            tuple(str(detector.name) for detector in ensemble.detectors),
-            any(manifest.member(name).stochastic for name in ensemble.members),
-        ),
+        names=names,
+        outputs={level: Outputs(names, level) for level in Disclosure},
         spec=manifest.input,
         bundle_version=manifest.version,
     )

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Never, TypeVar
 
@@ -230,14 +230,20 @@ class Gate:
             seconds = time.perf_counter() - begun.at
             self._log.write(begun.method, begun.ensemble, caller, request_id, code.name, seconds, verdicts)
 
-    def place(self, caller: Caller) -> AbstractContextManager[None]:
-        """One of the places for calls; raises TooManyCalls or Draining as it is entered."""
-        return self._place(self._places, caller, "calls")
+    def take_place(self, caller: Caller) -> None:
+        """One of the places for calls; raises TooManyCalls or Draining."""
+        self._take(self._places, caller, "calls")
+
+    def leave_place(self, caller: Caller) -> None:
+        self._leave(self._places, caller)
 
     @contextmanager
     def stream_place(self, caller: Caller) -> Iterator[None]:
-        """A place for a stream, which is one for a call, too; raises as `place` does."""
-        with self._place(self._stream_places, caller, "streams"), self.place(caller):
+        """A place for a stream, which is one for a call, too; raises as `take_place` does."""
+        with ExitStack() as taken:
+            for places, kind in ((self._stream_places, "streams"), (self._places, "calls")):
+                self._take(places, caller, kind)
+                taken.callback(self._leave, places, caller)
             yield
 
     def begun_again(self, call: Call, work: Callable[[Call], Answer]) -> Answer:
@@ -252,8 +258,7 @@ class Gate:
                 call.catalogue, call.caller, call.quota = now.catalogue, now.caller, now.quota
         return work(call)
 
-    @contextmanager
-    def _place(self, places: Holdings, caller: Caller, kind: str) -> Iterator[None]:
+    def _take(self, places: Holdings, caller: Caller, kind: str) -> None:
         """As in a queue, a known caller leaves some for others."""
         if self.refusing.is_set():
             raise Draining("this server is shutting down")
@@ -261,11 +266,10 @@ class Gate:
             if not places.has_room(caller.turn, 1):
                 raise TooManyCalls(places.total, kind)
             places.add(caller.turn, 1)
-        try:
-            yield
-        finally:
-            with self._admission:
-                places.remove(caller.turn, 1)
+
+    def _leave(self, places: Holdings, caller: Caller) -> None:
+        with self._admission:
+            places.remove(caller.turn, 1)
 
     def _counted(self, method: str, name: str) -> tuple[str, CallMetrics]:
         """A caller's name becomes a label only where it is one of ours: labels are kept for ever."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -12,10 +11,12 @@ from typing import Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from service.access import Caller
 from service.batcher import Result
 from service.context import Context
 from service.engine import Images
 from service.errors import Failure, failure_of, request_id_of
+from service.quota import Quota
 from service.servicers.catalogue import Served
 from service.servicers.gate import Begun, Call, Gate, abort
 
@@ -98,18 +99,21 @@ class Inference(Generic[Request, Response]):
 class _Asking:
     """One request from its first to its last moment: its place, its count, its line in the log."""
 
-    __slots__ = ("_begun", "_call", "_context", "_gate", "_held")
+    __slots__ = ("_begun", "_call", "_caller", "_context", "_gate", "_quota")
 
     def __init__(self, gate: Gate, context: Context, begun: Begun) -> None:
         self._gate, self._context, self._begun = gate, context, begun
         self._call: Call | None = None
-        self._held = ExitStack()
+        self._caller: Caller | None = None  # who has a place
+        self._quota: Quota | None = None  # that counts this call
 
     def enter(self) -> Call:
         """Who asks, with a place; raises what `failed` is to be told."""
         call = self._call = self._gate.identify(self._context)
-        self._held.enter_context(self._gate.place(call.caller))
-        self._held.enter_context(call.quota.call())
+        self._gate.take_place(call.caller)
+        self._caller = call.caller
+        call.quota.begin_call()
+        self._quota = call.quota
         return call
 
     def succeeded(self, response: Response) -> Response:
@@ -122,6 +126,9 @@ class _Asking:
         return failure
 
     def _end(self, code: grpc.StatusCode) -> None:
-        self._held.close()
+        if self._quota is not None:
+            self._quota.end_call()
+        if self._caller is not None:
+            self._gate.leave_place(self._caller)
         self._gate.end(self._begun, code)
         self._gate.log(self._begun, self._context, self._call, code)

@@ -21,7 +21,7 @@ from service.servicers.catalogue import Served
 from service.servicers.gate import Call, Gate
 from service.servicers.inference import Asked, Inference
 from service.servicers.statistics import statistics
-from service.tensors import DATATYPE, INPUT, TYPES, disclosed_outputs, read_input, requested_outputs, write_outputs
+from service.tensors import DATATYPE, INPUT, TYPES, read_input
 
 MODEL_VERSION = "1"
 PLATFORM = "phalanx_onnxruntime"
@@ -77,7 +77,8 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferResponse]:
     call.caller.check_ensemble(request.model_name)
     served = _find(call, request.model_name, request.model_version, "model_name", "model_version")
-    outputs = requested_outputs(request.outputs, served.names, call.caller.disclosure(served.name))
+    outputs = served.outputs[call.caller.disclosure(served.name)]
+    chosen = outputs.requested(request.outputs)
     began = perf_counter()
     images = read_input(request, served.spec, call.catalogue.limits)
     served.metrics.decode(perf_counter() - began)
@@ -88,7 +89,7 @@ def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferRespo
         began = perf_counter()
         response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
         response.parameters["bundle_version"].string_param = served.bundle_version
-        write_outputs(response, result, outputs)
+        outputs.write(response, result, chosen)
         served.metrics.encode(perf_counter() - began)
         return response
 
@@ -98,7 +99,7 @@ def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferRespo
 def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
     served = _find(call, request.name, request.version, "name", "version")
     tensor = pb.ModelMetadataResponse.TensorMetadata
-    outputs = disclosed_outputs(served.names, call.caller.disclosure(served.name))
+    outputs = served.outputs[call.caller.disclosure(served.name)].all
     return pb.ModelMetadataResponse(
         name=served.name,
         versions=[MODEL_VERSION],
@@ -110,7 +111,7 @@ def _metadata(request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataR
 
 def _configuration(request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
     served, batching = _find(call, request.name, request.version, "name", "version"), call.catalogue.config.batching
-    outputs = disclosed_outputs(served.names, call.caller.disclosure(served.name))
+    outputs = served.outputs[call.caller.disclosure(served.name)].all
     config = pb.ModelConfig(
         name=served.name,
         platform=PLATFORM,

@@ -60,7 +60,8 @@ def answer_stream(
     with ExitStack() as places:
         try:
             call = gate.identify(context)
-            places.enter_context(call.quota.call())
+            call.quota.begin_call()
+            places.callback(call.quota.end_call)
             places.enter_context(gate.stream_place(call.caller))
         except (Draining, TooFast, TooManyCalls, Unauthenticated) as error:
             gate.refuse(METHOD, error, context)  # counted here: an admitted stream is counted by its requests
