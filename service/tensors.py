@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,38 +55,60 @@ def possible_outputs(names: AnswerNames) -> tuple[Output, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """Outputs in the order of a request, and what an answer about one image says of them."""
+
+    outputs: tuple[Output, ...]
+    of_one_image: pb.ModelInferResponse
+
+    @classmethod
+    def of(cls, outputs: Iterable[Output]) -> Chosen:
+        chosen = tuple(outputs)
+        return cls(chosen, pb.ModelInferResponse(outputs=[_described(output, 1) for output in chosen]))
+
+    def write(self, response: pb.ModelInferResponse, result: Result) -> None:
+        n = len(result.decision.label)
+        if n == 1:
+            response.MergeFrom(self.of_one_image)
+        else:
+            response.outputs.extend(_described(output, n) for output in self.outputs)
+        for output in self.outputs:
+            values = result.masks_seeds if output.name == MASKS_SEED else getattr(result.decision, output.name)
+            response.raw_output_contents.append(np.asarray(values, DTYPES[output.datatype]).tobytes())
+
+
 class Outputs:
-    """What an ensemble may tell at one level of disclosure: made once, as every call needs it."""
+    """What an ensemble may tell at one level of disclosure."""
+
+    REMEMBERED = 64  # orders that callers ask in
 
     def __init__(self, names: AnswerNames, limit: Disclosure) -> None:
         self._possible = {output.name for output in possible_outputs(names)}
         self._limit = limit
         self.all = tuple(output for output in possible_outputs(names) if output.level <= limit)
         self._by_name = {output.name: output for output in self.all}
-        self._of_one_image = pb.ModelInferResponse(outputs=[_described(output, 1) for output in self.all])
+        # by what was asked for: every call of a caller asks the same
+        self._known: dict[tuple[str, ...], Chosen] = {(): Chosen.of(self.all)}
 
-    def requested(self, requested: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor]) -> tuple[Output, ...]:
+    def requested(self, requested: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor]) -> Chosen:
         """The outputs asked for, in the order of the request; all that may be told where none is."""
-        chosen: dict[str, Output] = {}
         for index, output in enumerate(requested):
             if output.parameters:
                 _refuse_shared_memory(output, f"outputs[{index}]")
-            if output.name in chosen or output.name not in self._by_name:
-                raise self._wrong(output.name, f"outputs[{index}].name")
-            chosen[output.name] = self._by_name[output.name]
-        found = tuple(chosen.values())
-        return self.all if not found or found == self.all else found
+        asked = tuple([output.name for output in requested])
+        known = self._known.get(asked)
+        if known is None:
+            known = Chosen.of(self._checked(asked))
+            if len(self._known) < self.REMEMBERED:
+                self._known[asked] = known
+        return known
 
-    def write(self, response: pb.ModelInferResponse, result: Result, chosen: tuple[Output, ...]) -> None:
-        """`chosen` is what `requested` found."""
-        n = len(result.decision.label)
-        if n == 1 and chosen is self.all:
-            response.MergeFrom(self._of_one_image)
-        else:
-            response.outputs.extend(_described(output, n) for output in chosen)
-        for output in chosen:
-            values = result.masks_seeds if output.name == MASKS_SEED else getattr(result.decision, output.name)
-            response.raw_output_contents.append(np.asarray(values, DTYPES[output.datatype]).tobytes())
+    def _checked(self, asked: Sequence[str]) -> Iterator[Output]:
+        for index, name in enumerate(asked):
+            if name in asked[:index] or name not in self._by_name:
+                raise self._wrong(name, f"outputs[{index}].name")
+            yield self._by_name[name]
 
     def _wrong(self, name: str, field: str) -> InvalidRequest | NotDisclosed:
         if name in self._by_name:

@@ -77,8 +77,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferResponse]:
     call.caller.check_ensemble(request.model_name)
     served = _find(call, request.model_name, request.model_version, "model_name", "model_version")
-    outputs = served.outputs[call.caller.disclosure(served.name)]
-    chosen = outputs.requested(request.outputs)
+    chosen = served.outputs[call.caller.disclosure(served.name)].requested(request.outputs)
     began = perf_counter()
     images = read_input(request, served.spec, call.catalogue.limits)
     served.metrics.decode(perf_counter() - began)
@@ -89,7 +88,7 @@ def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferRespo
         began = perf_counter()
         response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
         response.parameters["bundle_version"].string_param = served.bundle_version
-        outputs.write(response, result, chosen)
+        chosen.write(response, result)
         served.metrics.encode(perf_counter() - began)
         return response
 
