@@ -30,6 +30,7 @@ then:
   phalanx inspect BUNDLE              what is in a bundle; verifies every hash
   phalanx calibrate BUNDLE FOLDER -o NEW
                                       p-values from your own clean images
+  phalanx quarantine ls               the unusual images that a server kept
   phalanx token                       an API token, and its hash for the server
   phalanx admin reload                change what a running server offers
 
@@ -70,6 +71,8 @@ a configuration (every key has a default; paths are relative to the file):
     ops: {token_sha256: HASH, scopes: [admin]}
   quota: {images_per_second: 100, burst_images: 256, concurrent_calls: 16}
   logging: {format: json, requests: all}   # or none, or (default) what is notable
+  quarantine: {folder: quarantine, max_bytes: 1073741824}   # keeps unusual images
+                                 # with their evidence; the oldest make room
 
 environment variables go over the file, the options here over both:
   PHALANX_LISTEN=127.0.0.1:50052
@@ -122,13 +125,14 @@ def _run_serve(args: argparse.Namespace) -> int:
     from models.bundle import InvalidBundle
     from models.composition import InvalidEnsemble
     from service.engine import ProviderUnavailable
+    from service.quarantine.keeper import CannotKeep
     from service.serve import serve
     from service.server import CannotListen
     from service.workers.supervisor import WorkerFailed
 
     try:
         serve(config, lambda: load_config(args.config, overrides=overrides))
-    except (CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable, WorkerFailed) as error:
+    except (CannotKeep, CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable, WorkerFailed) as error:
         return _refused("serve", error)
     return 0
 
@@ -175,6 +179,12 @@ def _calibrate() -> Command:
     return Command(calibrate.add_arguments, calibrate.run, calibrate.__doc__ or "")
 
 
+def _quarantine() -> Command:
+    from service.quarantine import command
+
+    return Command(command.add_arguments, command.run, command.DESCRIPTION, command.EPILOG)
+
+
 def _sign() -> Command:
     from service import signing
 
@@ -199,6 +209,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[], Command]]] = MappingProxyType(
         "classify": ("ask a server about image files", _classify),
         "inspect": ("print a bundle and verify every hash", _inspect),
         "calibrate": ("take p-values from your own clean images", _calibrate),
+        "quarantine": ("look at the unusual images that a server kept", _quarantine),
         "sign": ("sign a bundle", _sign),
         "token": ("make an API token and its hash", _token),
         "admin": ("reload a running server, add and remove ensembles", _admin),

@@ -36,6 +36,7 @@ __all__ = [
     "InvalidConfig",
     "LimitsConfig",
     "LoggingConfig",
+    "QuarantineConfig",
     "QuotaConfig",
     "Scope",
     "ScopeConfig",
@@ -229,6 +230,14 @@ class SignatureConfig(_Section):
     public_key: Path  # PEM, of an elliptic curve; `phalanx sign` signs with its private half
 
 
+class QuarantineConfig(_Section):
+    """Unusual images are kept with their evidence; `phalanx quarantine` shows them."""
+
+    folder: Path  # of nobody else's: what is in it are callers' images
+    max_bytes: int = Field(2**30, ge=2**20, le=2**50)  # of all files together; the oldest make room
+    verdicts: tuple[Literal["suspect", "rejected"], ...] = Field(("suspect", "rejected"), min_length=1)
+
+
 class LoggingConfig(_Section):
     format: Literal["auto", "json", "console"] = "auto"  # auto: for people on a terminal, JSON elsewhere
     requests: Literal["none", "notable", "all"] = "notable"  # calls that failed, or had a suspect or rejected image
@@ -260,6 +269,7 @@ class ServiceConfig(_Section):
     device: DeviceConfig = DeviceConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
+    quarantine: QuarantineConfig | None = None
     shutdown: ShutdownConfig = ShutdownConfig()
 
     @model_validator(mode="after")

@@ -154,6 +154,10 @@ class Metrics:
         """In seconds since the epoch."""
         self._expiry.set(seconds)
 
+    def quarantine(self) -> QuarantineMetrics:
+        """Asked for once, where there is a quarantine: without one there is nothing to watch."""
+        return QuarantineMetrics(self.registry)
+
     def call(self, method: str, ensemble: str) -> CallMetrics:
         """The part of one method on one ensemble; `ensemble` is a served name or "", never what a caller wrote."""
         return CallMetrics(
@@ -228,6 +232,34 @@ class EnsembleMetrics:
         """One run's answers."""
         self._batch.observe(len(decision.label))
         self.tally.put(decision)
+
+
+class QuarantineMetrics:
+    """What becomes of suspect and rejected images where they are kept."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._kept = Counter("phalanx_quarantine_kept_images", "Images put into quarantine.", ("verdict",), registry=registry)
+        self._evicted = Counter("phalanx_quarantine_evicted_images", "Images that made room for later ones.", registry=registry)
+        self._dropped = Counter(
+            "phalanx_quarantine_dropped_images", "Images that were not kept, by why.", ("reason",), registry=registry
+        )
+        self._bytes = Gauge("phalanx_quarantine_bytes", "What lies in quarantine.", registry=registry)
+        for verdict in (Verdict.SUSPECT, Verdict.REJECTED):
+            self._kept.labels(verdict.name.lower())
+        for reason in ("queue_full", "disk"):
+            self._dropped.labels(reason)
+
+    def kept(self, verdict: int) -> None:
+        self._kept.labels(Verdict(verdict).name.lower()).inc()
+
+    def evicted(self, images: int) -> None:
+        self._evicted.inc(images)
+
+    def dropped(self, reason: str) -> None:
+        self._dropped.labels(reason).inc()
+
+    def holds(self, size: int) -> None:
+        self._bytes.set(size)
 
 
 class Tally:

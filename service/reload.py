@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,11 +26,12 @@ from service.graph_cache import GraphCache
 from service.servicers.catalogue import Catalogue
 from service.servicers.gate import Gate
 from service.servicers.health import Health
+from service.witnesses import Witness
 
 log = logging.getLogger(__name__)
 
 # What a port, a process, a pool of threads or a connection was made with.
-AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "shutdown", "workers", "front_end")
+AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "quarantine", "shutdown", "workers", "front_end")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
 
@@ -136,8 +137,8 @@ class Reloader:
 class CatalogueOffer:
     """What this process offers."""
 
-    def __init__(self, gate: Gate, health: Health, cache: GraphCache | None) -> None:
-        self._gate, self._health, self._cache = gate, health, cache
+    def __init__(self, gate: Gate, health: Health, cache: GraphCache | None, witnesses: Sequence[Witness] = ()) -> None:
+        self._gate, self._health, self._cache, self._witnesses = gate, health, cache, witnesses
         self._draining: set[threading.Thread] = set()
 
     @property
@@ -156,7 +157,7 @@ class CatalogueOffer:
         """Another catalogue, tested and warm, that nobody is offered yet; raises one of FORESEEN."""
         if not self._gate.ready:
             raise InvalidConfig("this server is shutting down")
-        return Catalogue(config, load_ensembles(config, self._gate.metrics, self._cache))
+        return Catalogue(config, load_ensembles(config, self._gate.metrics, self._cache), self._witnesses)
 
     def take(self, catalogue: Catalogue) -> None:
         """Offer it in the place of what is offered, which answers its last calls and is closed."""

@@ -28,6 +28,7 @@ from service.pb.inference import open_inference_pb2_grpc
 from service.pb.inference.open_inference_pb2 import ModelInferRequest
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
 from service.pb.phalanx.v1.defense_ensemble_pb2 import ClassifyRequest
+from service.quarantine.keeper import Keeper, open_keeper
 from service.reload import CatalogueOffer, Changes, Offered, Reloaded, Reloader
 from service.servicers.admin import AdminServicer
 from service.servicers.catalogue import Catalogue
@@ -89,12 +90,14 @@ class Server:
                 self.address = listen(self._server, "listen", config.listen, config.tls, self.metrics)
             self._admin, self.admin_address = self._open_admin(started)
             self.metrics_address = self._serve_metrics(started)
+            self._keeper = self._open_quarantine(started)
+            witnesses = [self._keeper] if self._keeper else []
             ensembles = load_ensembles(config, self.metrics, cache)
-            self._gate = Gate(Catalogue(config, ensembles), self.metrics)
+            self._gate = Gate(Catalogue(config, ensembles, witnesses), self.metrics)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
             ensembles.announce(self.metrics)
             self._health = self._add_servicers()
-            self.offer = CatalogueOffer(self._gate, self._health, cache)
+            self.offer = CatalogueOffer(self._gate, self._health, cache, witnesses)
             self._changes = together.changes if together else Reloader(self.offer, read_again or (lambda: config))
             if together is not None:  # after loading: until it is ready, the others get the calls
                 together.check(Offered.of(self.catalogue))
@@ -142,6 +145,8 @@ class Server:
         self.offer.finish(max(0.0, end - time.monotonic()))
         if not self._gate.catalogue.ensembles.drain(max(0.0, end - time.monotonic())):
             log.warning("some work was not finished within %g s", shutdown.drain_seconds)
+        if self._keeper is not None:
+            self._keeper.close(max(0.0, end - time.monotonic()))
         self._ended.close()
         log.info("stopped")
 
@@ -157,6 +162,15 @@ class Server:
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, registrar)
         add_reflection(registrar, self._gate)
         return add_health(registrar, self._gate)
+
+    def _open_quarantine(self, started: ExitStack) -> Keeper | None:
+        """Where the configuration has a folder for it; `started` gets to know how it is closed."""
+        wanted = self._config.quarantine
+        if wanted is None:
+            return None
+        keeper = open_keeper(wanted, self._config.workers, self.metrics.quarantine())
+        started.callback(keeper.close, 1.0)  # which finds it closed after a drain
+        return keeper
 
     def _open_admin(self, started: ExitStack) -> tuple[grpc.Server | None, Address | None]:
         """A server of its own, where the configuration has a port for it; `started` gets to know how it is closed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -28,17 +28,18 @@ class Served:
     outputs: Mapping[Disclosure, Outputs]
     spec: InputSpec
     bundle_version: str
-    witnesses: tuple[Witness, ...] = ()
+    witnesses: tuple[Witness, ...]
 
 
 class Catalogue:
     """Immutable, so that a call sees one and the same from its first to its last line."""
 
-    def __init__(self, config: ServiceConfig, ensembles: Ensembles) -> None:
+    def __init__(self, config: ServiceConfig, ensembles: Ensembles, witnesses: Sequence[Witness] = ()) -> None:
+        """`witnesses` look on whatever is offered."""
         self.config, self.limits, self.ensembles = config, config.limits, ensembles
         self.access = Access(config)
         self.served: Mapping[str, Served] = MappingProxyType(
-            {name: _served(loaded, ensembles) for name, loaded in ensembles.items()}
+            {name: _served(loaded, ensembles, tuple(witnesses)) for name, loaded in ensembles.items()}
         )
         self.default = self.served[ensembles.default.name]
 
@@ -50,7 +51,7 @@ class Catalogue:
         return served
 
 
-def _served(loaded: LoadedEnsemble, ensembles: Ensembles) -> Served:
+def _served(loaded: LoadedEnsemble, ensembles: Ensembles, witnesses: tuple[Witness, ...]) -> Served:
     manifest, ensemble = ensembles.bundle.manifest, loaded.ensemble
     names = AnswerNames(
         manifest.classes,
@@ -66,4 +67,5 @@ def _served(loaded: LoadedEnsemble, ensembles: Ensembles) -> Served:
         outputs={level: Outputs(names, level) for level in Disclosure},
         spec=manifest.input,
         bundle_version=manifest.version,
+        witnesses=witnesses,
     )

@@ -16,6 +16,7 @@ from typing import Any, assert_never
 from service import logs
 from service.config import Address, ServiceConfig
 from service.ensembles import give_back_memory
+from service.quarantine.keeper import CannotKeep
 from service.reload import FORESEEN, Offered, Refused, Reloaded, ReloadFailed, told
 from service.server import CannotListen, Server, Together
 from service.servicers.catalogue import Catalogue
@@ -172,7 +173,7 @@ class Worker:
         logs.configure(order.config.logging, self._verbose, worker=self._number)
         try:
             self._server = Server(order.config, together=Together(self._wishes, check))
-        except (CannotListen, *FORESEEN) as error:
+        except (CannotKeep, CannotListen, *FORESEEN) as error:
             return Cannot(str(error))
         return Ready(Offered.of(self._server.catalogue), self._server.admin_address)
 
