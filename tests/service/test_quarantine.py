@@ -30,7 +30,7 @@ from service.servicers.catalogue import Catalogue
 from service.witnesses import Answered
 from tests.service.serving import Running, random_pixels, raw, request, serving
 
-UNUSUAL = {"review_rate": 0.9999, "reject_rate": 0.8}  # so that nearly every image is at least suspect
+UNUSUAL = {"review_rate": 0.9999, "reject_rate": 0.975}  # so that nearly every image is at least suspect
 UNSCREENED: dict[str, Any] = {"full": {"detectors": []}}
 IMAGES = 12
 
