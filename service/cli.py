@@ -52,7 +52,9 @@ a configuration (every key has a default; paths are relative to the file):
     full: {}
     no-edge: {without: [edge]}
     votes-only: {detectors: []}
-    hard-vote: {rule: majority}
+    hard-vote: {rule: majority, shadow: {ensemble: full, share: 0.1}}
+                                 # a tenth of its images runs through full, too, when
+                                 # there is time, and it is counted how often they agree
   decision: {review_rate: 0.05, reject_rate: 0.01}
   batching: {max_batch_size: 64, max_delay_ms: 2, max_queue: 1024}
                                  # a run on a CPU is of at most 16 images

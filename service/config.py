@@ -42,6 +42,7 @@ __all__ = [
     "ScopeConfig",
     "ScopesConfig",
     "ServiceConfig",
+    "ShadowConfig",
     "ShutdownConfig",
     "SignatureConfig",
     "TlsConfig",
@@ -148,6 +149,13 @@ class TlsConfig(_Section):
     client_ca: Path | None = None  # then every connection must show a certificate that this authority signed (mutual TLS)
 
 
+class ShadowConfig(_Section):
+    """Another ensemble gets a share of the images, too, and it is counted how often it agrees. Nobody waits for it."""
+
+    ensemble: str
+    share: float = Field(1.0, gt=0, le=1)
+
+
 class EnsembleConfig(_Section):
     """One named choice over the bundle; what is left out is chosen as the bundle recommends."""
 
@@ -158,6 +166,7 @@ class EnsembleConfig(_Section):
     review_rate: float | None = Field(None, gt=0, lt=1)  # None: that of `decision`
     reject_rate: float | None = Field(None, gt=0, lt=1)
     masks: Literal["fixed", "fresh"] = "fixed"
+    shadow: ShadowConfig | None = None
 
 
 class QuotaConfig(_Section):
@@ -306,6 +315,17 @@ class ServiceConfig(_Section):
                 raise ValueError(
                     f"ensemble `{name}`: reject_rate {rates.reject_rate} is above review_rate {rates.review_rate}; "
                     f"what is rejected is a part of what is reviewed"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _shadows_are_other_ensembles(self) -> Self:
+        for name, its in self.ensembles.items():
+            others = [other for other in self.ensembles if other != name]
+            if its.shadow is not None and its.shadow.ensemble not in others:
+                raise ValueError(
+                    f"ensemble `{name}`: expected a shadow among the other ensembles ({', '.join(others) or 'there are none'}), "
+                    f"got {its.shadow.ensemble}"
                 )
         return self
 

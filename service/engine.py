@@ -73,12 +73,16 @@ class Lanes:
         """`count` 0: as many as this process may use cores."""
         self.count = count or cores()
         self.free = self.count
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._idle = threading.Condition(lock)  # for those who wait until nothing is computed
+        self._borrower: Stop | None = None
         self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
 
     def enter(self, wait: bool = True) -> bool:
         """Take a lane, which whoever took it must `leave`; False where none is free and none is waited for."""
         with self._changed:
+            self._recall()
             while not self.free:
                 if not wait:
                     return False
@@ -89,6 +93,7 @@ class Lanes:
     def await_free(self) -> None:
         """Return when a lane is free, without taking it."""
         with self._changed:
+            self._recall()
             while not self.free:
                 self._changed.wait()
 
@@ -96,6 +101,39 @@ class Lanes:
         with self._changed:
             self.free += 1
             self._changed.notify_all()
+            if self.free == self.count:
+                self._idle.notify_all()
+
+    def await_idle(self, gave_up: Callable[[], bool]) -> bool:
+        """Return when nothing is computed, or, with False, when somebody gave up and woke the borrowers."""
+        with self._idle:
+            self._idle.wait_for(lambda: self.free == self.count or gave_up())
+            return not gave_up()
+
+    def borrow(self, stop: Stop) -> bool:
+        """Take a lane while nothing is computed, until somebody else enters one: then `stop` is called, and the lane to be given
+        back at once. False where something is computed.
+        """
+        with self._changed:
+            if self.free < self.count:
+                return False
+            self.free -= 1
+            self._borrower = stop
+            return True
+
+    def give_back(self) -> None:
+        """The lane that was borrowed."""
+        self._borrower = None
+        self.leave()
+
+    def wake_borrowers(self) -> None:
+        with self._idle:
+            self._idle.notify_all()
+
+    def _recall(self) -> None:
+        """The caller holds the lock."""
+        if self._borrower is not None:
+            self._borrower.now()
 
     def compute(self, work: Callable[[], None]) -> None:
         """Do the work in a thread of ours; the caller has taken a lane, and the work leaves it."""

@@ -23,6 +23,7 @@ from service.config import DeviceConfig, ServiceConfig
 from service.engine import Engine, Lanes, ProviderUnavailable
 from service.graph_cache import GraphCache, user_cache
 from service.metrics import EnsembleFacts, EnsembleMetrics, Metrics
+from service.shadow import Shadow
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,17 @@ class LoadedEnsemble:
 class Ensembles(Mapping[str, LoadedEnsemble]):
     """By name, in the order of the config; the first is the default."""
 
-    def __init__(self, bundle: Bundle, card: Card | None, loaded: Mapping[str, LoadedEnsemble], lanes: Lanes) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        card: Card | None,
+        loaded: Mapping[str, LoadedEnsemble],
+        shadows: Mapping[str, Shadow],
+        lanes: Lanes,
+    ) -> None:
         self.bundle = bundle  # without the members' files, which nobody needs once the graphs are loaded
         self.card = card
+        self.shadows = MappingProxyType(dict(shadows))  # by the ensemble whose traffic they get
         self._loaded = MappingProxyType(dict(loaded))
         self._lanes = lanes
 
@@ -68,6 +77,8 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
     def drain(self, timeout: float | None = None) -> bool:
         """Finish what every queue holds and take no more; False where `timeout` seconds in all were too few."""
         end = None if timeout is None else time.monotonic() + timeout
+        for shadow in self.shadows.values():
+            shadow.close()
         with ThreadPoolExecutor(len(self)) as pool:  # together: no queue takes work while another is being emptied
             drained = pool.map(lambda each: each.batcher.drain(end and max(0.0, end - time.monotonic())), self.values())
             finished = all(list(drained))
@@ -110,7 +121,7 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
         raise
     bundle = replace(bundle, onnx_bytes={})
     give_back_memory()
-    return Ensembles(bundle, card, loaded, lanes)
+    return Ensembles(bundle, card, loaded, _shadows(config, loaded, metrics), lanes)
 
 
 def read_trusted(config: ServiceConfig) -> Bundle:
@@ -155,6 +166,14 @@ def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: M
     own = metrics.ensemble(ensemble.name, voters, detectors)
     facts = EnsembleFacts(engine.provider, engine.fallback, ensemble.review_rate, ensemble.reject_rate, config.batching.max_queue)
     return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own, facts)
+
+
+def _shadows(config: ServiceConfig, loaded: Mapping[str, LoadedEnsemble], metrics: Metrics) -> dict[str, Shadow]:
+    return {
+        name: Shadow(loaded[its.ensemble].engine, loaded[name].engine.lanes, its.share, metrics.shadow(name, its.ensemble))
+        for name, its in ((name, config.ensembles[name].shadow) for name in loaded)
+        if its is not None
+    }
 
 
 def give_back_memory() -> None:

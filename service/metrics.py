@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -122,6 +122,18 @@ class Metrics:
             ("ensemble", "level"),
             registry=self.registry,
         )
+        self._compared = Counter(
+            "phalanx_shadow_images",
+            "Images that ran through a shadow ensemble, too, by whether it gave the same class and the same verdict.",
+            ("ensemble", "shadow", "label", "verdict"),
+            registry=self.registry,
+        )
+        self._unseen = Counter(
+            "phalanx_shadow_dropped_images",
+            "Images that were meant for a shadow ensemble, for which there was no time.",
+            ("ensemble", "shadow"),
+            registry=self.registry,
+        )
         self._providers: dict[str, str] = {}
         self._answers = _Answers()
         self.registry.register(self._answers)
@@ -153,6 +165,17 @@ class Metrics:
     def certificate_expires(self, seconds: float) -> None:
         """In seconds since the epoch."""
         self._expiry.set(seconds)
+
+    def shadow(self, ensemble: str, shadow: str) -> ShadowMetrics:
+        """The part of one ensemble and of what runs in its shadow."""
+        return ShadowMetrics(
+            {
+                (label, verdict): self._compared.labels(ensemble, shadow, _agreement(label), _agreement(verdict))
+                for label in (True, False)
+                for verdict in (True, False)
+            },
+            self._unseen.labels(ensemble, shadow),
+        )
 
     def quarantine(self) -> QuarantineMetrics:
         """Asked for once, where there is a quarantine: without one there is nothing to watch."""
@@ -232,6 +255,26 @@ class EnsembleMetrics:
         """One run's answers."""
         self._batch.observe(len(decision.label))
         self.tally.put(decision)
+
+
+class ShadowMetrics:
+    """How often a shadow says what its ensemble said."""
+
+    __slots__ = ("_compared", "_dropped")
+
+    def __init__(self, compared: Mapping[tuple[bool, bool], Counter], dropped: Counter) -> None:
+        self._compared, self._dropped = compared, dropped
+
+    def compared(self, label: bool, verdict: bool) -> None:
+        """Whether it was the same."""
+        self._compared[label, verdict].inc()
+
+    def dropped(self) -> None:
+        self._dropped.inc()
+
+
+def _agreement(same: bool) -> str:
+    return "same" if same else "other"
 
 
 class QuarantineMetrics:

@@ -39,7 +39,7 @@ class Catalogue:
         self.config, self.limits, self.ensembles = config, config.limits, ensembles
         self.access = Access(config)
         self.served: Mapping[str, Served] = MappingProxyType(
-            {name: _served(loaded, ensembles, tuple(witnesses)) for name, loaded in ensembles.items()}
+            {name: _served(loaded, ensembles, witnesses) for name, loaded in ensembles.items()}
         )
         self.default = self.served[ensembles.default.name]
 
@@ -51,8 +51,8 @@ class Catalogue:
         return served
 
 
-def _served(loaded: LoadedEnsemble, ensembles: Ensembles, witnesses: tuple[Witness, ...]) -> Served:
-    manifest, ensemble = ensembles.bundle.manifest, loaded.ensemble
+def _served(loaded: LoadedEnsemble, ensembles: Ensembles, witnesses: Sequence[Witness]) -> Served:
+    manifest, ensemble, shadow = ensembles.bundle.manifest, loaded.ensemble, ensembles.shadows.get(loaded.name)
     names = AnswerNames(
         manifest.classes,
         tuple(voter.name for voter in ensemble.voters),
@@ -67,5 +67,5 @@ def _served(loaded: LoadedEnsemble, ensembles: Ensembles, witnesses: tuple[Witne
         outputs={level: Outputs(names, level) for level in Disclosure},
         spec=manifest.input,
         bundle_version=manifest.version,
-        witnesses=witnesses,
+        witnesses=(*witnesses, *([shadow] if shadow else [])),
     )
