@@ -62,7 +62,7 @@ $(VENV)/.stamp-train: $(PINS) | $(VENV)/.stamp-python
 	@touch $@ $(VENV)/.stamp-serve
 
 $(VENV)/.stamp-dev: $(PINS) | $(VENV)/.stamp-python
-	$(BIN)/python $(PIP_INSTALL) --editable '.[train,dev,signing,native]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[train,dev,signing,native,tracing]'
 	@touch $@ $(VENV)/.stamp-train $(VENV)/.stamp-serve
 
 # A client of others, for the tests: it wants an environment of its own. It imports protobuf without declaring it, and its

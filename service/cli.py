@@ -75,6 +75,9 @@ a configuration (every key has a default; paths are relative to the file):
   logging: {format: json, requests: all}   # or none, or (default) what is notable
   quarantine: {folder: quarantine, max_bytes: 1073741824}   # keeps unusual images
                                  # with their evidence; the oldest make room
+  tracing: {endpoint: "http://127.0.0.1:4317", sample: 0.1}
+                                 # OpenTelemetry: a span for each stage of a request;
+                                 # pip install 'phalanx-ensemble[tracing]'
 
 environment variables go over the file, the options here over both:
   PHALANX_LISTEN=127.0.0.1:50052

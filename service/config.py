@@ -46,6 +46,7 @@ __all__ = [
     "ShutdownConfig",
     "SignatureConfig",
     "TlsConfig",
+    "TracingConfig",
     "load_config",
     "with_ensembles",
 ]
@@ -247,6 +248,13 @@ class QuarantineConfig(_Section):
     verdicts: tuple[Literal["suspect", "rejected"], ...] = Field(("suspect", "rejected"), min_length=1)
 
 
+class TracingConfig(_Section):
+    """OpenTelemetry traces, to a collector that speaks OTLP over gRPC; needs the extra `tracing`."""
+
+    endpoint: str = Field("http://127.0.0.1:4317", pattern=r"^https?://[^\s/]+/?$")
+    sample: float = Field(0.1, ge=0, le=1)  # of requests whose caller has not decided it (W3C `traceparent`)
+
+
 class LoggingConfig(_Section):
     format: Literal["auto", "json", "console"] = "auto"  # auto: for people on a terminal, JSON elsewhere
     requests: Literal["none", "notable", "all"] = "notable"  # calls that failed, or had a suspect or rejected image
@@ -279,6 +287,7 @@ class ServiceConfig(_Section):
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
     quarantine: QuarantineConfig | None = None
+    tracing: TracingConfig | None = None
     shutdown: ShutdownConfig = ShutdownConfig()
 
     @model_validator(mode="after")

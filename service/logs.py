@@ -67,8 +67,18 @@ class RequestLog:
         self._written: Counter[str] = Counter()  # in this second, by caller; all strangers are one
         self._dropped: Counter[str] = Counter()  # since a caller's last line
 
-    def write(self, method: str, ensemble: str, caller: str, request_id: str, code: str, seconds: float, verdicts: Array) -> None:
-        """One call; verdicts (n,) of its images, or None where there are none."""
+    def write(
+        self,
+        method: str,
+        ensemble: str,
+        caller: str,
+        request_id: str,
+        code: str,
+        seconds: float,
+        verdicts: Array,
+        trace_id: str = "",
+    ) -> None:
+        """One call; verdicts (n,) of its images, or None where there are none; the id of its trace, if it has one."""
         if (dropped := self._dropped_before(caller)) is None:
             return
         fields: dict[str, object] = {
@@ -76,7 +86,9 @@ class RequestLog:
             "seconds": round(seconds, 6),
         }  # fmt: skip
         if verdicts is not None:
-            fields |= {"images": len(verdicts), "verdicts": _counted(verdicts)}
+            fields |= {"images": len(verdicts), "verdicts": counted_verdicts(verdicts)}
+        if trace_id:
+            fields["trace_id"] = trace_id
         if dropped:
             fields["lines_dropped"] = dropped
         requests.info("request", extra=fields)
@@ -101,6 +113,6 @@ class RequestLog:
             return self._dropped.pop(caller, 0)
 
 
-def _counted(verdicts: Array) -> Mapping[str, int]:
+def counted_verdicts(verdicts: Array) -> Mapping[str, int]:
     found = verdicts.tolist()
     return {verdict.name.lower(): found.count(verdict) for verdict in Verdict if verdict in found}

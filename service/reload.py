@@ -31,7 +31,7 @@ from service.witnesses import Witness
 log = logging.getLogger(__name__)
 
 # What a port, a process, a pool of threads or a connection was made with.
-AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "quarantine", "shutdown", "workers", "front_end")
+AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "quarantine", "tracing", "shutdown", "workers", "front_end")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
 FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
 

@@ -42,6 +42,7 @@ from service.tls import Certificates, InvalidCertificate
 
 if TYPE_CHECKING:
     from service.native_front import NativeServer
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Server:
             self._keeper = self._open_quarantine(started)
             witnesses = [self._keeper] if self._keeper else []
             ensembles = load_ensembles(config, self.metrics, cache)
-            self._gate = Gate(Catalogue(config, ensembles, witnesses), self.metrics)
+            self._tracing = self._open_tracing(started)
+            self._gate = Gate(Catalogue(config, ensembles, witnesses), self.metrics, self._tracing)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
             ensembles.announce(self.metrics)
             self._health = self._add_servicers()
@@ -147,6 +149,8 @@ class Server:
             log.warning("some work was not finished within %g s", shutdown.drain_seconds)
         if self._keeper is not None:
             self._keeper.close(max(0.0, end - time.monotonic()))
+        if self._tracing is not None:
+            self._tracing.close(max(0.0, end - time.monotonic()))
         self._ended.close()
         log.info("stopped")
 
@@ -171,6 +175,19 @@ class Server:
         keeper = open_keeper(wanted, self._config.workers, self.metrics.quarantine())
         started.callback(keeper.close, 1.0)  # which finds it closed after a drain
         return keeper
+
+    def _open_tracing(self, started: ExitStack) -> Tracing | None:
+        """Where the configuration has a collector for it; `started` gets to know how it is closed."""
+        wanted = self._config.tracing
+        if wanted is None:
+            return None
+        try:
+            from service.tracing import Tracing  # the extra `tracing`
+        except ImportError:
+            raise CannotListen("tracing needs other packages: pip install 'phalanx-ensemble[tracing]'") from None
+        tracing = Tracing(wanted)
+        started.callback(tracing.close, 1.0)  # which finds it closed after a drain
+        return tracing
 
     def _open_admin(self, started: ExitStack) -> tuple[grpc.Server | None, Address | None]:
         """A server of its own, where the configuration has a port for it; `started` gets to know how it is closed."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Never, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Never, TypeVar
 
 import grpc
 import numpy as np
@@ -22,11 +22,14 @@ from service.context import Context
 from service.engine import Stop
 from service.errors import Failure, TooManyCalls, Unauthenticated, failure_of, request_id_of, rich_status
 from service.fair_queue import Holdings
-from service.logs import RequestLog
+from service.logs import RequestLog, counted_verdicts
 from service.metrics import CallMetrics, Metrics
 from service.quota import Quota, Quotas
 from service.servicers.catalogue import Catalogue, Served
 from service.witnesses import Answered
+
+if TYPE_CHECKING:
+    from service.tracing import Trace, Tracing  # the extra `tracing`
 
 A_YEAR = 365 * 86400.0  # no deadline is a deadline in the far future
 INFERENCES = ("Classify", "ClassifyStream", "ModelInfer")
@@ -49,6 +52,7 @@ class Call:
     verdicts: NDArray[np.int64] | None = None  # of its images, once they are computed
     paid: bool = False
     known_as: str = ""
+    trace: Trace | None = None
 
     @property
     def request_id(self) -> str:
@@ -64,6 +68,19 @@ class Call:
     def disclosure(self, asked: int, served: Served) -> Disclosure:
         """How much of an answer is told."""
         return disclosure(asked, self.caller.disclosure(served.name))
+
+    def decoded(self, served: Served, began: float) -> None:
+        """Images were read; `began` is of time.perf_counter()."""
+        self._stage("decode", served.metrics.decode, began)
+
+    def encoded(self, served: Served, began: float) -> None:
+        self._stage("encode", served.metrics.encode, began)
+
+    def _stage(self, name: str, observe: Callable[[float], None], began: float) -> None:
+        ended = time.perf_counter()
+        observe(ended - began)
+        if self.trace is not None:
+            self.trace.stage(name, began, ended)
 
     def spend(self, images: int) -> None:
         """Charge the caller's quota, once: work that a reload makes begin again is paid for already."""
@@ -100,6 +117,11 @@ class Call:
     def answered(self, served: Served, images: NDArray[np.uint8], result: Result) -> None:
         """Take note of the answers to all images of the call, and let those look who look on."""
         self.verdicts = result.decision.verdict
+        if self.trace is not None:
+            ended = time.perf_counter()
+            computing = ended - result.compute_seconds
+            self.trace.stage("queue", computing - result.queue_seconds, computing)
+            self.trace.stage("compute", computing, ended)
         if served.witnesses:
             seen = Answered(served.name, served.bundle_version, served.names, images, result, self.caller.name, self.request_id)
             for witness in served.witnesses:
@@ -133,13 +155,14 @@ class Begun(NamedTuple):
     ensemble: str  # whose it is, or "" where it named none of ours
     counted: CallMetrics
     at: float  # time.perf_counter()
+    trace: Trace | None = None
 
 
 class Gate:
     """One per server; thread-safe."""
 
-    def __init__(self, catalogue: Catalogue, metrics: Metrics) -> None:
-        self.catalogue, self.metrics = catalogue, metrics
+    def __init__(self, catalogue: Catalogue, metrics: Metrics, tracing: Tracing | None = None) -> None:
+        self.catalogue, self.metrics, self._tracing = catalogue, metrics, tracing
         self._calls: dict[tuple[str, str], tuple[str, CallMetrics]] = {}  # by method and name, "" included
         self.ready = True
         self.last_answer_ms: dict[str, int] = {}  # by ensemble, since the epoch
@@ -169,7 +192,7 @@ class Gate:
         self, method: str, name: str, context: grpc.ServicerContext, work: Callable[[Call], Answer], scope: Scope | None = None
     ) -> Answer:
         """Do the work of a unary call that needs no place, or end it with a status; `scope` is what the caller must have."""
-        begun, call = self.begin(method, name), None
+        begun, call = self.begin(method, name, context), None
         try:
             call = self.identify(context)
             if scope is not None:
@@ -177,10 +200,10 @@ class Gate:
             answer = work(call)
         except Exception as error:
             failure = failure_of(error, call.request_id if call else request_id_of(context))
-            self.end(begun, failure.code)
+            self.end(begun, failure.code, call)
             self.log(begun, context, call, failure.code)
             abort(failure, context)
-        self.end(begun)
+        self.end(begun, call=call)
         return answer
 
     @property
@@ -200,19 +223,22 @@ class Gate:
 
     def refuse(self, method: str, error: Exception, context: grpc.ServicerContext, call: Call | None = None) -> Never:
         """End a call that no handler has seen, and count it."""
-        failure, begun = failure_of(error), self.begin(method, "")
-        self.end(begun, failure.code)
+        failure, begun = failure_of(error), self.begin(method, "", context)
+        self.end(begun, failure.code, call)
         self.log(begun, context, call, failure.code)
         abort(failure, context)
 
-    def begin(self, method: str, name: str) -> Begun:
+    def begin(self, method: str, name: str, context: Context) -> Begun:
         """Count a request in; `name` is as the caller wrote it."""
         ensemble, counted = self._counted(method, name)
-        return Begun(method, ensemble, counted, counted.begin())
+        trace = self._tracing.begin(method, context) if self._tracing is not None else None
+        return Begun(method, ensemble, counted, counted.begin(), trace)
 
-    def end(self, begun: Begun, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
-        """Count a request out, whatever became of it, under the name it was counted in by."""
+    def end(self, begun: Begun, code: grpc.StatusCode = grpc.StatusCode.OK, call: Call | None = None) -> None:
+        """Count a request out, whatever became of it, under the name it was counted in by; `call` is None for a stranger's."""
         begun.counted.end(begun.at, code.name)
+        if begun.trace is not None:
+            begun.trace.finish(code.name, _attributes(begun, call))
         if begun.method not in INFERENCES:
             return
         if code is grpc.StatusCode.OK:
@@ -228,7 +254,8 @@ class Gate:
         if self._log.wants(code.name, verdicts):
             caller, request_id = (call.caller.name, call.request_id) if call else ("", request_id_of(context))
             seconds = time.perf_counter() - begun.at
-            self._log.write(begun.method, begun.ensemble, caller, request_id, code.name, seconds, verdicts)
+            trace_id = begun.trace.id if begun.trace is not None else ""
+            self._log.write(begun.method, begun.ensemble, caller, request_id, code.name, seconds, verdicts, trace_id)
 
     def take_place(self, caller: Caller) -> None:
         """One of the places for calls; raises TooManyCalls or Draining."""
@@ -293,6 +320,17 @@ def deadline_of(context: Context) -> float | None:
     """The caller's deadline on the monotonic clock. To be asked once: gRPC goes by the wall clock, and that may jump."""
     left = context.time_remaining()
     return None if left > A_YEAR else time.monotonic() + left
+
+
+def _attributes(begun: Begun, call: Call | None) -> dict[str, str | int]:
+    """What a span says of a request, and a line in the log, too."""
+    found: dict[str, str | int] = {"phalanx.ensemble": begun.ensemble}
+    if call is not None:
+        found |= {"phalanx.caller": call.caller.name, "phalanx.request_id": call.request_id}
+        if call.verdicts is not None:
+            found |= {"phalanx.images": len(call.verdicts)}
+            found |= {f"phalanx.images.{verdict}": count for verdict, count in counted_verdicts(call.verdicts).items()}
+    return found
 
 
 def _limited(caller: Caller) -> bool:

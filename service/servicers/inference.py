@@ -52,7 +52,7 @@ class Inference(Generic[Request, Response]):
 
     def now(self, request: Request, context: Context) -> Response | Failure:
         """In this thread, which waits."""
-        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request)))
+        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request), context))
         try:
             call = asking.enter()
             return asking.succeeded(self.gate.begun_again(call, partial(self._computed, request)))
@@ -61,7 +61,7 @@ class Inference(Generic[Request, Response]):
 
     def later(self, request: Request, context: Context, tell: Callable[[Response | Failure], None]) -> None:
         """Return as soon as the images wait for their run; whoever computes them tells the outcome."""
-        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request)))
+        asking = _Asking(self.gate, context, self.gate.begin(self.method, self.ensemble(request), context))
         try:
             call = asking.enter()
             asked, future = self.gate.begun_again(call, partial(self._submitted, request))
@@ -85,7 +85,7 @@ class Inference(Generic[Request, Response]):
 
     def refused(self, error: Exception, context: Context) -> Failure:
         """What becomes of a request that is none."""
-        return _Asking(self.gate, context, self.gate.begin(self.method, "")).failed(error)
+        return _Asking(self.gate, context, self.gate.begin(self.method, "", context)).failed(error)
 
     def _computed(self, request: Request, call: Call) -> Response:
         asked = self.read(request, call)
@@ -110,6 +110,7 @@ class _Asking:
     def enter(self) -> Call:
         """Who asks, with a place; raises what `failed` is to be told."""
         call = self._call = self._gate.identify(self._context)
+        call.trace = self._begun.trace
         self._gate.take_place(call.caller)
         self._caller = call.caller
         call.quota.begin_call()
@@ -130,5 +131,5 @@ class _Asking:
             self._quota.end_call()
         if self._caller is not None:
             self._gate.leave_place(self._caller)
-        self._gate.end(self._begun, code)
+        self._gate.end(self._begun, code, self._call)
         self._gate.log(self._begun, self._context, self._call, code)

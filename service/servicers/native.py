@@ -56,7 +56,7 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
         call.spend(len(request.images))
         began = perf_counter()
         decoded = decode_images(request.images, served.spec, call.catalogue.limits, call.context.is_active)
-        served.metrics.decode(perf_counter() - began)
+        call.decoded(served, began)
 
         def answer(result: Result | None) -> pb.ClassifyResponse:
             began = perf_counter()
@@ -64,7 +64,7 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
                 ensemble=served.name, bundle_version=served.bundle_version, disclosure=pb.Disclosure.ValueType(level)
             )
             encode_results(response.results, decoded, Answers(result, served.names, level) if result else None)
-            served.metrics.encode(perf_counter() - began)
+            call.encoded(served, began)
             if decoded.errors:
                 self._gate.metrics.image_errors(served.name, grpc.StatusCode.INVALID_ARGUMENT.name, len(decoded.errors))
             return response

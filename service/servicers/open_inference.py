@@ -80,7 +80,7 @@ def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferRespo
     chosen = served.outputs[call.caller.disclosure(served.name)].requested(request.outputs)
     began = perf_counter()
     images = read_input(request, served.spec, call.catalogue.limits)
-    served.metrics.decode(perf_counter() - began)
+    call.decoded(served, began)
     call.spend(len(images))
 
     def answer(result: Result | None) -> pb.ModelInferResponse:
@@ -89,7 +89,7 @@ def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferRespo
         response = pb.ModelInferResponse(model_name=served.name, model_version=MODEL_VERSION, id=request.id)
         response.parameters["bundle_version"].string_param = served.bundle_version
         chosen.write(response, result)
-        served.metrics.encode(perf_counter() - began)
+        call.encoded(served, began)
         return response
 
     return Asked(served, images, answer)

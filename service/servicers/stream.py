@@ -134,15 +134,16 @@ class _Stream:
 
     def _enter(self, request: pb.ClassifyStreamRequest | Malformed) -> _Entry:
         if isinstance(request, Malformed):
-            return _Entry("", "", self._gate.begin(METHOD, ""), request.error)
-        begun = self._gate.begin(METHOD, request.ensemble)
-        return _Entry(request.id, request.ensemble, begun, self._submitted(request))
+            return _Entry("", "", self._gate.begin(METHOD, "", self._context), request.error)
+        begun = self._gate.begin(METHOD, request.ensemble, self._context)
+        return _Entry(request.id, request.ensemble, begun, self._submitted(request, begun))
 
-    def _submitted(self, request: pb.ClassifyStreamRequest) -> _Submitted | Exception:
+    def _submitted(self, request: pb.ClassifyStreamRequest, begun: Begun) -> _Submitted | Exception:
         try:
             call = self._gate.identify(
                 self._context, self._deadline
             )  # for every request: a token may be revoked while a stream is open
+            call.trace = begun.trace
             call.spend(1)
             return self._gate.begun_again(call, partial(self._submit, request))
         except Exception as error:
@@ -153,7 +154,7 @@ class _Stream:
         level = call.disclosure(request.disclosure, served)
         began = perf_counter()
         image = decode_one(request.image, served.spec, PixelBudget(call.catalogue.limits.max_image_pixels), "image")
-        served.metrics.decode(perf_counter() - began)
+        call.decoded(served, began)
         future = call.submit(served, image.array[np.newaxis])
         self._pending.add(future)
         return _Submitted(served, call, level, image, future)
@@ -172,7 +173,7 @@ class _Stream:
             response.ensemble, response.bundle_version = served.name, served.bundle_version
             response.disclosure = pb.Disclosure.ValueType(level)
             Answers(result, served.names, level).write(0, response.result.classification, entry.outcome.image.resized)
-            served.metrics.encode(perf_counter() - began)
+            entry.outcome.call.encoded(served, began)
         except Unauthenticated:
             code = grpc.StatusCode.UNAUTHENTICATED
             raise  # the stream's, and not this request's alone
@@ -184,6 +185,6 @@ class _Stream:
         finally:
             if isinstance(entry.outcome, _Submitted):
                 self._pending.discard(entry.outcome.future)
-            self._gate.end(entry.begun, code)
+            self._gate.end(entry.begun, code, call)
             self._gate.log(entry.begun, self._context, call, code)
         return response
