@@ -4,19 +4,21 @@
 
 Parity: the default ensemble under every rule that its bundle can serve, one engine on the CPU and one on CUDA, on the bundle's
 samples and on random images. A label or verdict may be another one where it was a matter of less than the tolerance: two
-probabilities that nearly tie, a p-value at its rate. Such ties are counted apart. Speed: the engine as the server
-runs it, beside the bare session on the same device. Without such a device it says so and ends with 0; `--provider cpu` goes
-through all of it on the CPU, where the bare session has one thread and the engine all. Ends with 1 where answers differ.
+probabilities that nearly tie, a p-value at its rate. Such ties are counted apart. Images are given in runs of every size that
+has memory, and a CUDA graph, of its own. Speed: the engine as the server runs it, the same without CUDA graphs, and the bare
+session, on the same device. Without such a device it says so and ends with 0; `--provider cpu` goes through all of it on the
+CPU, where there are no such graphs. Ends with 1 where answers differ.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -29,6 +31,7 @@ from benchmarks.processes import command_line, provenance, random_images, read_c
 from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName
+from service.bound_runs import SIZES
 from service.config import DecisionConfig, DeviceConfig, EnsembleConfig, ServiceConfig
 from service.engine import Engine, Lanes, ProviderUnavailable, open_session
 from service.ensembles import compose_named
@@ -60,7 +63,8 @@ def main() -> None:
         except ProviderUnavailable as error:
             print(f"nothing is measured: {error}")
             sys.exit(0)
-        speed(engines.on(given.provider), bare_graph(settings, Path(folder)), only(given.provider), given.seconds)
+        with_graphs, without = (engines.on(given.provider, cuda_graphs=graphs) for graphs in (True, False))
+        speed(with_graphs, without, bare_graph(settings, Path(folder)), only(given.provider), given.seconds)
     sys.exit(not agree)
 
 
@@ -72,12 +76,13 @@ class Engines:
         self._name = next(iter(config.ensembles))
         self.rates = config.rates(self._name)
 
-    def on(self, provider: Provider, rule: RuleName | None = None) -> Engine:
+    def on(self, provider: Provider, rule: RuleName | None = None, cuda_graphs: bool = True) -> Engine:
         """Raises InvalidEnsemble where the bundle cannot serve the rule, ProviderUnavailable where there is no such device."""
         chosen = self._config.ensembles[self._name].model_copy(update={"rule": rule} if rule else {})
         ensembles: dict[str, EnsembleConfig] = {self._name: chosen}
         ensemble = compose_named(self.bundle, self._config.model_copy(update={"ensembles": ensembles}), self._name)
-        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, only(provider), self._threads)
+        device = only(provider).model_copy(update={"cuda_graphs": cuda_graphs})
+        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, device, self._threads)
 
 
 def only(provider: Provider) -> DeviceConfig:
@@ -97,12 +102,24 @@ def parity(engines: Engines, provider: Provider, n: int) -> bool:
         except InvalidEnsemble as error:
             print(f"  {rule.value:12} not served by this bundle: {error}")
             continue
-        expected, got = run.decision, engines.on(provider, rule).run(images, run.masks_seed).decision
         served += 1
-        found = compared(got, expected, engines.rates)
-        good &= found.same
-        print(f"  {rule.value:12} {found}")
+        for graphs in (True, False):
+            got = in_parts(engines.on(provider, rule, graphs), images, run.masks_seed)
+            found = compared(got, run.decision, engines.rates)
+            good &= found.same
+            print(f"  {rule.value:12} {'with' if graphs else 'no'} CUDA graphs: {found}", flush=True)
     return good and served > 0
+
+
+def in_parts(engine: Engine, images: NDArray[np.uint8], masks_seed: int | None) -> Decision:
+    """One answer, of runs of all sizes in turn."""
+    runs, start = [], 0
+    for size in itertools.cycle(SIZES):
+        if start >= len(images):
+            break
+        runs.append(engine.run(images[start : start + size], masks_seed).decision)
+        start += size
+    return Decision(*[np.concatenate([getattr(run, column.name) for run in runs]) for column in fields(Decision)])
 
 
 @dataclass(frozen=True)
@@ -161,15 +178,18 @@ def furthest(got: Decision, expected: Decision, columns: Sequence[str], rows: Ro
     return most
 
 
-def speed(engine: Engine, bare: BareGraph, device: DeviceConfig, seconds: float) -> None:
-    """One caller, one batch after the other."""
-    print(f"on {engine.provider}, images/s and milliseconds a batch (median, p99): the engine; the bare session")
+def speed(engine: Engine, launched: Engine, bare: BareGraph, device: DeviceConfig, seconds: float) -> None:
+    """One caller, one batch after the other; `launched` has no CUDA graphs."""
+    print(
+        f"on {engine.provider}, images/s and milliseconds a batch (median, p99): the engine; without CUDA graphs; the bare session"
+    )
     session = open_session(bare.content, device)
     images = random_images(max(BATCHES), bare.shape)
     for batch in BATCHES:
         part, feeds = images[:batch], bare.feeds(images[:batch])
-        engines, bares = timed(partial(engine.run, part), batch, seconds), timed(partial(session.run, None, feeds), batch, seconds)
-        print(f"  {batch:>4} {engines}   {bares}", flush=True)
+        found = [timed(run, batch, seconds) for run in (partial(engine.run, part), partial(launched.run, part))]
+        found.append(timed(partial(session.run, None, feeds), batch, seconds))
+        print(f"  {batch:>4} {'   '.join(found)}", flush=True)
 
 
 def timed(run: Callable[[], Any], batch: int, seconds: float) -> str:

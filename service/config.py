@@ -220,6 +220,7 @@ class BatchingConfig(_Section):
 class DeviceConfig(_Section):
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     strict: bool = False  # refuse to start where the wanted provider is not to be had
+    cuda_graphs: bool = True  # on a GPU a run is one launch, where the driver allows it
     threads: int = Field(0, ge=0, le=1024)  # compute threads of all ensembles together; 0: one per core
 
 

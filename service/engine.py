@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import secrets
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from models.bundle import Bundle, StochasticSpec
 from models.ensemble import Decision, Ensemble
 from models.masks import draw_masks
 from models.self_test import check_member, compare, softmax
+from service.bound_runs import SIZES, BoundRuns
 from service.config import DeviceConfig
 
 log = logging.getLogger(__name__)
@@ -164,13 +164,15 @@ class Engine:
         self.provider: str = self._session.get_providers()[0]
         on_cpu = self.provider != CUDA
         self.lanes = lanes if on_cpu else Lanes(1)  # a GPU divides a run by itself
-        self.most_at_once = MOST_AT_ONCE if on_cpu else sys.maxsize  # images that are worth to be in one run
+        self.most_at_once = MOST_AT_ONCE if on_cpu else SIZES[-1]  # images that are worth to be in one run
         self.fallback = _falls_back(self.provider, device)
         stochastic = (manifest.member(name).stochastic for name in ensemble.members)
         self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
         self._masks_seed = manifest.masks.seed
         self._fixed = self._draw(self._masks_seed)
         self._fresh = ensemble.masks == "fresh"
+        self._bound = None if on_cpu else self._bind(graph, device)
+        self._one_at_a_time = threading.Lock()  # of bound runs
         _self_test(self, bundle, ensemble)
 
     def run(self, images: Images, masks_seed: int | None = None, *, stop: Stop | None = None) -> Run:
@@ -185,7 +187,21 @@ class Engine:
         masks = self._fixed if masks_seed == self._masks_seed else self._draw(masks_seed)
         return Run(self._decide(images, {"masks": masks}, stop), masks_seed)
 
+    def _bind(self, graph: bytes, device: DeviceConfig) -> BoundRuns:
+        masks = {} if self._fixed is None else {"masks": self._fixed}
+        if device.cuda_graphs:
+            try:
+                self._session = open_session(graph, device, cuda_graphs=True)
+                return BoundRuns(self._session, _COLUMNS, masks, "cuda", graphs=True)
+            except Exception as error:  # of ONNX Runtime or of CUDA: theirs have no common base
+                log.warning("no CUDA graphs, runs are launched kernel by kernel: %s", error)
+                self._session = open_session(graph, device)
+        return BoundRuns(self._session, _COLUMNS, masks, "cuda", graphs=False)
+
     def _decide(self, images: Images, masks: dict[str, Any], stop: Stop | None) -> Decision:
+        if self._bound is not None:  # takes milliseconds, and is not stopped on the way
+            with self._one_at_a_time:
+                return Decision(*self._bound.run(images, masks))
         try:
             return Decision(*self._session.run(_COLUMNS, {"image": images} | masks, None if stop is None else stop.options))
         except Exception:
@@ -208,7 +224,8 @@ def cores() -> int:
         return bound
 
 
-def open_session(graph: bytes, device: DeviceConfig) -> ort.InferenceSession:
+def open_session(graph: bytes, device: DeviceConfig, cuda_graphs: bool = False) -> ort.InferenceSession:
+    """`cuda_graphs`: runs are captured, see service/bound_runs.py; raises where the graph does not allow it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # see Engine
     # The arena keeps the memory of a session's largest run for good, which is of sixteen images for each lane, and no more than
@@ -220,7 +237,7 @@ def open_session(graph: bytes, device: DeviceConfig) -> ort.InferenceSession:
     if _wants_cuda(device):
         ort.preload_dlls()  # the libraries of the extra `cuda`
         # EXHAUSTIVE, the default, tries every algorithm again for each new batch size
-        providers.insert(0, (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
+        providers.insert(0, (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": str(int(cuda_graphs))}))
     return ort.InferenceSession(graph, options, providers=providers)
 
 

@@ -131,11 +131,17 @@ def test_strict_refuses_a_session_on_another_device(load: Load, bundle: Bundle) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
-def test_cuda_answers_as_the_cpu_does(load: Load, bundle: Bundle, engine: Engine) -> None:
-    images = random_images(bundle.manifest.input, 7, seed=3)
-    on_gpu = load(bundle, DeviceConfig(provider="cuda", strict=True))
-    expected = engine.run(images).decision
-    np.testing.assert_allclose(on_gpu.run(images).decision.probabilities, expected.probabilities, atol=1e-4)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_cuda_answers_as_the_cpu_does(
+    load: Load, bundle: Bundle, engine: Engine, cuda_graphs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_gpu = load(bundle, DeviceConfig(provider="cuda", strict=True, cuda_graphs=cuda_graphs))
+    assert "no CUDA graphs" not in caplog.text
+    for n in (1, 7, 64, 100):
+        for seed in range(2):  # the first run captures, the second replays
+            images = random_images(bundle.manifest.input, n, seed=seed)
+            expected = engine.run(images).decision
+            np.testing.assert_allclose(on_gpu.run(images).decision.probabilities, expected.probabilities, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Runs on a GPU: inputs and outputs lie in memory that is bound once for each size of batch, and each size is one CUDA graph.
+
+A run of n images takes the smallest size that holds them; what is beside them in it is computed and thrown away. A CUDA graph
+is the whole run as one launch: it is captured in a size's first run, at addresses that must then stay, which is why memory is
+bound. Nothing here has run on a GPU yet (docs/decisions/cuda-graphs.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # images
+IMAGE = "image"  # the input that has a size; the others are shared by all images of a run
+GRAPH_ID, NO_GRAPH = "gpu_graph_id", -1  # a run option of ONNX Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What the runs of one size read and write."""
+
+    binding: Any  # an IOBinding
+    images: NDArray[np.uint8]  # (size, height, width, channels), where they are put together
+    image: Any  # an OrtValue on the device, and so are the others
+    outputs: Sequence[Any]
+    options: Any  # RunOptions
+
+
+class BoundRuns:
+    """Not thread-safe: one run at a time, as its memory is used over and over."""
+
+    def __init__(
+        self, session: ort.InferenceSession, columns: Sequence[str], others: Mapping[str, NDArray[Any]], device: str, graphs: bool
+    ) -> None:
+        """Every size runs once, so that none is slow for the first caller. `columns` are the outputs, `others` the inputs beside
+        the images, of the shapes they will always have; `device` is `cuda`, or `cpu` in tests.
+
+        Raises what ONNX Runtime raises where a graph cannot be captured.
+        """
+        self._session, self._columns, self._device = session, columns, device
+        shape, *_ = [each.shape for each in session.get_inputs() if each.name == IMAGE]
+        self._others = {name: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in others.items()}
+        self._given = dict(others)  # what lies in these
+        self._sizes = {size: self._bound(size, shape[1:], size if graphs else NO_GRAPH) for size in SIZES}
+        for size in SIZES:
+            self.run(self._sizes[size].images, others)
+
+    def run(self, images: NDArray[np.uint8], others: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs for images (n, height, width, channels); more than the largest size holds are several runs."""
+        n, most = len(images), SIZES[-1]
+        if n > most:
+            parts = [self.run(images[start : start + most], others) for start in range(0, n, most)]
+            return [np.concatenate(column) for column in zip(*parts, strict=True)]
+        bound = self._sizes[next(size for size in SIZES if size >= n)]
+        bound.images[:n] = images
+        bound.image.update_inplace(bound.images)
+        for name, value in others.items():
+            if value is not self._given[name]:
+                self._others[name].update_inplace(value)
+                self._given[name] = value
+        self._session.run_with_iobinding(bound.binding, bound.options)
+        return [output.numpy()[:n].copy() for output in bound.outputs]
+
+    def _bound(self, size: int, shape: Sequence[int], graph: int) -> _Size:
+        images = np.zeros((size, *shape), np.uint8)
+        # what the outputs look like, a run tells that is bound to nothing
+        found = self._session.run(self._columns, {IMAGE: images, **self._given}, _options(NO_GRAPH))
+        outputs = [ort.OrtValue.ortvalue_from_shape_and_type(value.shape, value.dtype, self._device, 0) for value in found]
+        image = ort.OrtValue.ortvalue_from_numpy(images, self._device, 0)
+        binding = self._session.io_binding()
+        for name, value in ({IMAGE: image} | self._others).items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in zip(self._columns, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return _Size(binding, images, image, outputs, _options(graph))
+
+
+def _options(graph: int) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry(GRAPH_ID, str(graph))
+    return options
