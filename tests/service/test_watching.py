@@ -23,7 +23,7 @@ import yaml
 
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from tests.service.serving import random_pixels, request, serving
+from tests.service.serving import ENSEMBLES, random_pixels, request, serving
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
@@ -86,12 +86,14 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tiny_bundle: Path, graphs: GraphCache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """One that has scraped a server with something of everything: answers, rejections, errors, batches, reloads."""
+    """One that has scraped a server with something of everything: answers, rejections, errors, batches, reloads, a shadow."""
     binary, folder = program("prometheus"), tmp_path_factory.mktemp("prometheus")
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     decision = {"review_rate": 0.5, "reject_rate": 0.2}  # so that something is set aside
-    with serving(tiny_bundle, graphs, decision=decision) as running:
+    ensembles = {**ENSEMBLES, "full": {"shadow": {"ensemble": "fresh"}}}
+    quarantine = {"folder": folder / "quarantine"}
+    with serving(tiny_bundle, graphs, decision=decision, ensembles=ensembles, quarantine=quarantine) as running:
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(ALERTS)],
