@@ -34,7 +34,8 @@ AT_ONCE = 64  # calls that are taken in together
 QUICKLY_READ = 65_536  # bytes of a message
 LOOK_SECONDS = 0.01  # how often an end looks whether the last calls are answered
 NO_DEADLINE = float(2**63)  # seconds left, as grpcio says it
-ENDING = "this server is shutting down"
+ENDING = Failure(grpc.StatusCode.UNAVAILABLE, "this server is shutting down", retry_seconds=1.0)
+INTERNAL = Failure(grpc.StatusCode.INTERNAL, "internal error")
 
 
 class NativeServer:
@@ -123,14 +124,14 @@ class NativeServer:
                         self._begin(methods[method], content, context, partial(self._tell, front, number))
                     except Exception:
                         log.exception("a call that could not be begun")
-                        self._tell(front, number, Failure(grpc.StatusCode.INTERNAL, "internal error"))
+                        self._tell(front, number, INTERNAL)
 
     def _begin(self, method: Method, content: bytes, context: _Context, tell: Tell) -> None:
         """Queue the call's images, or have a thread answer it."""
         parse, inference = method
         most = self._options["grpc.max_receive_message_length"]
         if self._ending:
-            tell(Failure(grpc.StatusCode.UNAVAILABLE, ENDING))
+            tell(ENDING)
         elif len(content) > most:
             tell(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, f"expected a message of at most {most} bytes, got {len(content)}"))
         elif len(content) > QUICKLY_READ:
@@ -141,13 +142,17 @@ class NativeServer:
             self._pool.submit(lambda: tell(_answered(inference, request, context)))
 
     def _tell(self, front: NativeGrpcFront, number: int, outcome: Message | Failure) -> None:
-        """Write the answer; nobody may be there any more to read it."""
+        """Write the answer; nobody may be there any more to read it. Called where nobody would hear of an error."""
         context = self._calls.pop(number, None)
-        if isinstance(outcome, Failure):
-            status = rich_status(outcome)
-            front.fail(number, outcome.number, outcome.message, trailing_metadata=list(status.trailing_metadata))
-        else:
-            front.respond(number, outcome.SerializeToString())
+        try:
+            if isinstance(outcome, Failure):
+                status = rich_status(outcome)
+                front.fail(number, outcome.number, outcome.message, trailing_metadata=list(status.trailing_metadata))
+            else:
+                front.respond(number, outcome.SerializeToString())
+        except Exception:
+            log.exception("an answer that could not be written")
+            front.fail(number, INTERNAL.number, INTERNAL.message)
         if context is not None:
             context.end()
 

@@ -1,8 +1,7 @@
 """From a configuration to a server that answers, and back to none without leaving anybody unanswered.
 
-The thread-pool server of grpcio, not its asyncio one, or one in Rust with the same interface
-(docs/decisions/threads-not-asyncio.md).  A thread answers one
-call from its first to its last byte, and waits for the batcher in between.
+The thread-pool server of grpcio, not its asyncio one: a thread answers one call from its first to its last byte, and waits for the
+batcher in between. Or one in Rust, where a call that classifies has no thread (docs/decisions/threads-not-asyncio.md).
 """
 
 from __future__ import annotations
