@@ -10,7 +10,8 @@ from service.config import Scope
 from service.pb.phalanx.v1 import admin_pb2 as pb
 from service.pb.phalanx.v1 import admin_pb2_grpc as pb_grpc
 from service.reload import Changes, Reloaded
-from service.servicers.gate import Call, Gate
+from service.servicers.call import Call
+from service.servicers.gate import Gate
 
 
 class AdminServicer(pb_grpc.AdminServicer):

@@ -17,8 +17,9 @@ from service.context import Context
 from service.engine import Images
 from service.errors import Failure, failure_of, request_id_of
 from service.quota import Quota
+from service.servicers.call import Call
 from service.servicers.catalogue import Served
-from service.servicers.gate import Begun, Call, Gate, abort
+from service.servicers.gate import Begun, Gate, abort
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)

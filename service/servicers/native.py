@@ -12,8 +12,9 @@ from service.codec import Answers, check_number, decode_images, encode_results
 from service.config import Scope
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+from service.servicers.call import Call
 from service.servicers.description import describe
-from service.servicers.gate import Call, Gate
+from service.servicers.gate import Gate
 from service.servicers.inference import Asked, Inference
 from service.servicers.stream import answer_stream
 

@@ -17,8 +17,9 @@ from service.config import Scope
 from service.errors import UnknownName
 from service.pb.inference import open_inference_pb2 as pb
 from service.pb.inference import open_inference_pb2_grpc as pb_grpc
+from service.servicers.call import Call
 from service.servicers.catalogue import Served
-from service.servicers.gate import Call, Gate
+from service.servicers.gate import Gate
 from service.servicers.inference import Asked, Inference
 from service.servicers.statistics import statistics
 from service.tensors import DATATYPE, INPUT, TYPES, read_input

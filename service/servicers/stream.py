@@ -26,8 +26,9 @@ from service.config import Disclosure
 from service.errors import SilentStream, TooFast, TooManyCalls, Unauthenticated, failure_of, request_id_of
 from service.images import PixelBudget, Pixels
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.servicers.call import Call
 from service.servicers.catalogue import Served
-from service.servicers.gate import Begun, Call, Gate, abort, deadline_of
+from service.servicers.gate import Begun, Gate, abort, deadline_of
 from service.servicers.malformed import Malformed
 
 WINDOW = 64
