@@ -85,7 +85,7 @@ class Shadow:
                 self._changed.wait_for(lambda: self._ended or self._waiting)
                 if self._ended:
                     return
-            if self._lanes[0].await_idle(lambda: self._ended):
+            if all(lanes.await_idle(lambda: self._ended) for lanes in self._lanes):
                 self._compute_one()
 
     def _compute_one(self) -> None:

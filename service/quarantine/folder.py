@@ -8,15 +8,18 @@ what is in it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from models.durable import PARTIAL, replace_file
 from service.quarantine.entry import SUFFIX, Entry
+
+if sys.platform != "win32":
+    import fcntl
 
 PART = re.compile(r"part-(\d+)")
 
@@ -54,7 +57,8 @@ class Part:
         return evicted
 
     def close(self) -> None:
-        os.close(self._lock)  # which unlocks
+        if self._lock is not None:
+            os.close(self._lock)  # which unlocks
 
 
 def entries(folder: Path) -> list[Path]:
@@ -69,12 +73,14 @@ def entries_of(part: Path) -> Iterator[Path]:
     return (path for path in part.iterdir() if path.suffix == SUFFIX and not path.name.startswith("."))
 
 
-def _free_part(folder: Path) -> tuple[Path, int]:
-    """The first that nobody has, locked as long as its descriptor is open."""
+def _free_part(folder: Path) -> tuple[Path, int | None]:
+    """The first that nobody has, locked as long as its descriptor is open; on Windows a server is one process and needs no lock."""
     number = 0
     while True:
         path = folder / f"part-{number}"
         path.mkdir(exist_ok=True, mode=0o700)
+        if sys.platform == "win32":
+            return path, None
         descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
