@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Process:
 
     pid: int
     address: str
+    metrics: str = ""  # the address of its metrics port
 
     @property
     def cpu_seconds(self) -> float:
@@ -68,12 +69,12 @@ class Process:
 def phalanx(config: Mapping[str, Any], cache: Path) -> Iterator[Process]:
     """`phalanx serve` with this configuration, from the moment it is started; graphs are kept in `cache`."""
     with tempfile.TemporaryDirectory() as folder:
-        address = f"127.0.0.1:{free_port()}"
+        address, metrics = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         file = Path(folder) / "phalanx.yaml"
-        file.write_text(yaml.safe_dump(dict(config) | {"listen": address, "metrics": f"127.0.0.1:{free_port()}"}))
+        file.write_text(yaml.safe_dump(dict(config) | {"listen": address, "metrics": metrics}, sort_keys=False))
         command = [sys.executable, "-m", "service.cli", "serve", "--config", str(file)]
         with running(command, address, {"XDG_CACHE_HOME": str(cache)}) as process:
-            yield process
+            yield replace(process, metrics=metrics)
 
 
 @contextmanager
