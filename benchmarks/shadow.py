@@ -2,10 +2,10 @@
 
     python -m benchmarks.shadow
 
-Two servers that differ in the shadow alone are asked for single images in turns, by callers who share the machine with them: by one and
-by sixteen who ask again as soon as they are answered, which leaves a shadow next to nothing, and at a rate, as independent callers do.
-The candidate is the default ensemble once more. Ends with 1 where a shadow costs more than TOLERANCE, or where
-nothing was compared at the rate: then nothing was measured.
+Two servers that differ in the shadow alone are asked for single images in turns, by callers who share the machine with them: by
+one and by sixteen who ask again as soon as they are answered, which leaves a shadow next to nothing, and at a rate, as
+independent callers do. The candidate is the default ensemble once more. Ends with 1 where a shadow costs more than TOLERANCE, or
+where nothing was compared at the rate: then nothing was measured.
 """
 
 from __future__ import annotations
