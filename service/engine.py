@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -77,6 +78,7 @@ class Lanes:
         self._changed = threading.Condition(lock)
         self._idle = threading.Condition(lock)  # for those who wait until nothing is computed
         self._borrower: Stop | None = None
+        self._used = 0.0  # time.monotonic() when somebody who did not borrow it left a lane
         self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
 
     def enter(self, wait: bool = True) -> bool:
@@ -99,15 +101,18 @@ class Lanes:
 
     def leave(self) -> None:
         with self._changed:
-            self.free += 1
-            self._changed.notify_all()
-            if self.free == self.count:
-                self._idle.notify_all()
+            self._used = time.monotonic()
+            self._free_one()
 
-    def await_idle(self, gave_up: Callable[[], bool]) -> bool:
-        """Return when nothing is computed, or, with False, when somebody gave up and woke the borrowers."""
+    def await_idle(self, seconds: float, gave_up: Callable[[], bool]) -> bool:
+        """Return when nothing has been computed for so long, or, with False, when somebody gave up and woke the borrowers."""
         with self._idle:
-            self._idle.wait_for(lambda: self.free == self.count or gave_up())
+            while not gave_up():
+                self._idle.wait_for(lambda: self.free == self.count or gave_up())
+                left = self._used + seconds - time.monotonic()
+                if left <= 0:
+                    break
+                self._idle.wait(left)
             return not gave_up()
 
     def borrow(self, stop: Stop) -> bool:
@@ -123,11 +128,19 @@ class Lanes:
 
     def give_back(self) -> None:
         """The lane that was borrowed."""
-        self._borrower = None
-        self.leave()
+        with self._changed:
+            self._borrower = None
+            self._free_one()
 
     def wake_borrowers(self) -> None:
         with self._idle:
+            self._idle.notify_all()
+
+    def _free_one(self) -> None:
+        """The caller holds the lock."""
+        self.free += 1
+        self._changed.notify_all()
+        if self.free == self.count:
             self._idle.notify_all()
 
     def _recall(self) -> None:

@@ -1,13 +1,17 @@
 """Shadow ensembles: a share of the traffic also runs through another ensemble, and it is counted how often the two agree.
 
-Nobody waits for a shadow. Its images run one at a time, only while nothing else is computed, and a run is stopped as soon as
-somebody enters a lane; it is begun again later. What comes while too much waits is dropped and counted.
+Nobody waits for a shadow. Its images run one at a time, once nothing else has been computed for a while, in a thread that yields
+the processor, and a run is stopped as soon as somebody enters a lane; it is begun again later. What comes while too much waits is
+dropped and counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import random
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from service.witnesses import Answered
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 256  # images
+QUIET_SECONDS = 0.005  # since anything was computed: a caller who asks again at once is back before
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,15 @@ class Shadow:
         self._thread.join()
 
     def _compute_all(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ended or self._waiting)
                 if self._ended:
                     return
-            if all(lanes.await_idle(lambda: self._ended) for lanes in self._lanes):
+            if all(lanes.await_idle(QUIET_SECONDS, lambda: self._ended) for lanes in self._lanes):
                 self._compute_one()
 
     def _compute_one(self) -> None:

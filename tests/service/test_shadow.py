@@ -17,7 +17,7 @@ from service.graph_cache import GraphCache
 from service.metrics import Metrics
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.servicers.catalogue import Catalogue
-from service.shadow import MOST_WAITING, Shadow
+from service.shadow import MOST_WAITING, QUIET_SECONDS, Shadow
 from service.witnesses import Answered
 from tests.service.serving import Running, configured, random_pixels, request, serving
 
@@ -193,7 +193,7 @@ def test_no_image_is_lost_where_runs_are_stopped_over_and_over(ensembles: Ensemb
     metrics, lanes, over = Metrics(), ensembles["full"].engine.lanes, threading.Event()
 
     def come_and_go() -> None:
-        while not over.wait(0.0005):
+        while not over.wait(QUIET_SECONDS * 1.2):  # a run begins, and is stopped more often than not
             lanes.enter()
             lanes.leave()
 
