@@ -133,9 +133,8 @@ class NativeServer:
         if self._ending:
             tell(ENDING)
         elif len(content) > most:
-            tell(
-                Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, f"received message larger than max ({len(content)} vs. {most})")
-            )  # as grpcio says it
+            said = f"received message larger than max ({len(content)} vs. {most})"  # as by grpcio
+            tell(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, said))
         elif len(content) > QUICKLY_READ:
             self._pool.submit(lambda: tell(_answered(inference, parse(content), context)))
         elif isinstance(request := parse(content), Malformed) or (len(self._calls) > 1 and inference.quick(request)):
