@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -31,6 +31,7 @@ from benchmarks.processes import command_line, provenance, random_images, read_c
 from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName
+from service.batch import joined
 from service.bound_runs import SIZES
 from service.config import DecisionConfig, DeviceConfig, EnsembleConfig, ServiceConfig
 from service.engine import Engine, Lanes, ProviderUnavailable, open_session
@@ -119,7 +120,7 @@ def in_parts(engine: Engine, images: NDArray[np.uint8], masks_seed: int | None) 
             break
         runs.append(engine.run(images[start : start + size], masks_seed).decision)
         start += size
-    return Decision(*[np.concatenate([getattr(run, column.name) for run in runs]) for column in fields(Decision)])
+    return joined(runs)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Request:
 
     def succeed(self) -> None:
         runs = [self.parts[start] for start in sorted(self.parts)]
-        decision = runs[0].decision if len(runs) == 1 else _joined([run.decision for run in runs])
+        decision = runs[0].decision if len(runs) == 1 else joined([run.decision for run in runs])
         seeds = tuple(run.masks_seed for run in runs for _ in range(len(run.decision.label)))
         result = Result(decision, seeds, self.queue_seconds, self.compute_seconds, self.batch_size)
         with contextlib.suppress(InvalidStateError):
@@ -107,7 +107,7 @@ def book(batch: Sequence[Share], run: Run, seconds: float) -> list[Request]:
     row = 0
     for share in batch:
         request, n = share.request, len(share.images)
-        own = run if n == images else Run(_sliced(run.decision, row, row + n), run.masks_seed)
+        own = run if n == images else Run(sliced(run.decision, row, row + n), run.masks_seed)
         request.parts[share.start] = own
         request.answered += n
         request.compute_seconds += seconds
@@ -119,9 +119,11 @@ def book(batch: Sequence[Share], run: Run, seconds: float) -> list[Request]:
     return finished
 
 
-def _sliced(decision: Decision, start: int, stop: int) -> Decision:
+def sliced(decision: Decision, start: int, stop: int) -> Decision:
+    """The rows from `start` to `stop`: views."""
     return Decision(*[getattr(decision, column)[start:stop] for column in _COLUMNS])
 
 
-def _joined(parts: Sequence[Decision]) -> Decision:
+def joined(parts: Sequence[Decision]) -> Decision:
+    """The rows of all parts, in their order."""
     return Decision(*[np.concatenate([getattr(part, column) for part in parts]) for column in _COLUMNS])

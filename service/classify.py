@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 import grpc
 from google.protobuf.json_format import MessageToDict
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +21,7 @@ from service import connect
 from service.config import LimitsConfig
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+from service.terminal import printing
 
 DESCRIPTION = """\
 Ask a server what PNG, JPEG or WebP files show, and whether to trust it.
@@ -91,15 +90,11 @@ def run(args: argparse.Namespace) -> int:
     except (CannotAsk, OSError) as error:
         sys.stderr.write(f"phalanx classify: {error}\n")
         return 1
-    try:
+    with printing() as console:
         if args.json:
             sys.stdout.writelines(f"{as_json(answer)}\n" for answer in answers)
         else:
-            # a file or a pipe has no width of its own: rich would take 80 columns
-            Console(width=None if sys.stdout.isatty() else 150).print(as_table(answers))
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            console.print(as_table(answers))
     return 1 if any(answer.result.HasField("error") for answer in answers) else 0
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from models.bundle import FileCheck, InvalidBundle, Manifest, check_files, read_bundle, read_manifest
 from models.card import CARD_FILE, Card, Share, read_card
 from models.self_test import check_member
+from service.terminal import console
 
 NO_CARD = "no robustness card: nothing is claimed under attack; phalanx-train attack, then phalanx-train report, make one"
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(as_json(inspection) + "\n")
     else:
-        Console(width=None if sys.stdout.isatty() else 150).print(as_tables(inspection))
+        console().print(as_tables(inspection))
     return 1 if inspection.problem else 0
 
 

@@ -137,8 +137,10 @@ class NativeServer:
             tell(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, said))
         elif len(content) > QUICKLY_READ:
             self._pool.submit(lambda: tell(_answered(inference, parse(content), context)))
-        elif isinstance(request := parse(content), Malformed) or (len(self._calls) > 1 and inference.quick(request)):
-            _answer_later(inference, request, context, tell)
+        elif isinstance(request := parse(content), Malformed):
+            tell(inference.refused(request.error, context))
+        elif len(self._calls) > 1 and inference.quick(request):
+            inference.later(request, context, tell)
         else:
             self._pool.submit(lambda: tell(_answered(inference, request, context)))
 
@@ -164,15 +166,6 @@ def _answered(inference: Inference[Any, Any], request: Any, context: _Context) -
         return inference.refused(request.error, context)
     outcome: Message | Failure = inference.now(request, context)
     return outcome
-
-
-def _answer_later(
-    inference: Inference[Any, Any], request: Any, context: _Context, tell: Callable[[Message | Failure], None]
-) -> None:
-    if isinstance(request, Malformed):
-        tell(inference.refused(request.error, context))
-    else:
-        inference.later(request, context, tell)
 
 
 class _Context:

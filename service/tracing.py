@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 
 import grpc
 from opentelemetry.context import Context as Parent
@@ -24,6 +23,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from service.config import TracingConfig
 from service.context import Context
+from service.own_version import own_version
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import admin_pb2, defense_ensemble_pb2
 
@@ -48,7 +48,7 @@ class Tracing:
 
     def __init__(self, config: TracingConfig) -> None:
         exporter = OTLPSpanExporter(config.endpoint, insecure=not config.endpoint.startswith("https:"), timeout=EXPORT_SECONDS)
-        own = {"service.name": "phalanx", "service.version": _own_version(), "service.instance.id": str(uuid.uuid4())}
+        own = {"service.name": "phalanx", "service.version": own_version(), "service.instance.id": str(uuid.uuid4())}
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(config.sample)), resource=Resource.create(own), shutdown_on_exit=False
         )
@@ -112,10 +112,3 @@ def _full_names() -> Iterable[tuple[str, str]]:
         for service in file.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 yield method.name, f"{service.full_name}/{method.name}"
-
-
-def _own_version() -> str:
-    try:
-        return version("phalanx-ensemble")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

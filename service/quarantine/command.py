@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from service.config import InvalidConfig, load_config
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.quarantine.entry import BrokenEntry, Entry, read_entry
 from service.quarantine.folder import entries
+from service.terminal import printing
 
 DESCRIPTION = """\
 Look at the suspect and rejected images that a server kept (`quarantine:` in its
@@ -105,16 +105,12 @@ def _print(paths: Sequence[Path], as_json: bool, *, whole: bool) -> int:
         except (BrokenEntry, OSError) as error:
             sys.stderr.write(f"phalanx quarantine: {error}\n")
             broken = 1
-    try:
+    with printing() as console:
         if as_json:
             sys.stdout.writelines(json.dumps(_fields(path, entry), ensure_ascii=False) + "\n" for path, entry in read)
         else:
-            # a file or a pipe has no width of its own: rich would take 80 columns
             shown: list[RenderableType] = [_whole(*each) for each in read] if whole else [_table(read)]
-            Console(width=None if sys.stdout.isatty() else 150).print(*shown)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            console.print(*shown)
     return broken
 
 

@@ -7,14 +7,14 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.ensemble import Decision, Verdict
-from service.batcher import Result
+from models.ensemble import Verdict
+from service.batch import Result, joined, sliced
 from service.codec import Answers
 from service.config import Disclosure, QuarantineConfig
 from service.metrics import QuarantineMetrics
@@ -107,7 +107,7 @@ class Keeper:
 def _alone(answered: Answered, row: int) -> Answered:
     """One image of an answer, and nothing that keeps the others in memory."""
     result = answered.result
-    decision = Decision(*[getattr(result.decision, field.name)[row : row + 1].copy() for field in fields(Decision)])
+    decision = joined([sliced(result.decision, row, row + 1)])  # copies
     seeds = result.masks_seeds[row : row + 1]
     alone = Result(decision, seeds, result.queue_seconds, result.compute_seconds, result.batch_size)
     images: NDArray[np.uint8] = answered.images[row : row + 1].copy()

@@ -7,7 +7,6 @@ parameters of an answer and of the configuration.
 from __future__ import annotations
 
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 
 import grpc
@@ -15,6 +14,7 @@ import grpc
 from service.batcher import Result
 from service.config import Scope
 from service.errors import UnknownName
+from service.own_version import own_version
 from service.pb.inference import open_inference_pb2 as pb
 from service.pb.inference import open_inference_pb2_grpc as pb_grpc
 from service.servicers.call import Call
@@ -53,7 +53,7 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     def ServerMetadata(self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext) -> pb.ServerMetadataResponse:
         def metadata(_: Call) -> pb.ServerMetadataResponse:
             extensions = ["model_configuration", "statistics"]
-            return pb.ServerMetadataResponse(name="phalanx", version=_own_version(), extensions=extensions)
+            return pb.ServerMetadataResponse(name="phalanx", version=own_version(), extensions=extensions)
 
         return self._gate.answer("ServerMetadata", "", context, metadata)
 
@@ -141,10 +141,3 @@ def _find(call: Call, name: str, wanted: str, name_field: str, version_field: st
     if wanted not in ("", MODEL_VERSION):
         raise UnknownName("version", wanted, [MODEL_VERSION], version_field)
     return call.catalogue.served[name]
-
-
-def _own_version() -> str:
-    try:
-        return version("phalanx-ensemble")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

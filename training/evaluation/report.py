@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
     """Write card and report; nothing is attacked again."""
     campaign = attack.open_campaign(args)
     units = finished(campaign)
+    control = equal_size.open_control(args, campaign) if args.control else None
+    alone = equal_size.finished(control, args.control) if control else []  # a refusal comes before the figures are computed
     card = build(campaign, units, commands(args), kept_queries(campaign), kept_deployment(campaign))
-    if args.control:
-        control = equal_size.open_control(args, campaign)
-        card = equal_size.held_against(card, campaign, units, control, equal_size.finished(control, args.control))
+    if control:
+        card = equal_size.held_against(card, campaign, units, control, alone)
     replace_file(campaign.folder / CARD_FILE, encode_card(card))
     page = args.html or campaign.folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
