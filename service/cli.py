@@ -130,14 +130,15 @@ def _run_serve(args: argparse.Namespace) -> int:
     from models.bundle import InvalidBundle
     from models.composition import InvalidEnsemble
     from service.engine import ProviderUnavailable
+    from service.extras import MissingExtra
     from service.quarantine.keeper import CannotKeep
     from service.serve import serve
-    from service.server import CannotListen
+    from service.server import CannotStart
     from service.workers.supervisor import WorkerFailed
 
     try:
         serve(config, lambda: load_config(args.config, overrides=overrides))
-    except (CannotKeep, CannotListen, InvalidBundle, InvalidEnsemble, ProviderUnavailable, WorkerFailed) as error:
+    except (CannotKeep, CannotStart, InvalidBundle, InvalidEnsemble, MissingExtra, ProviderUnavailable, WorkerFailed) as error:
         return _refused("serve", error)
     return 0
 
@@ -148,13 +149,15 @@ def _check(config: ServiceConfig) -> int:
     from models.card import read_card
     from models.composition import InvalidEnsemble
     from service.ensembles import compose_named, read_trusted
+    from service.extras import MissingExtra, check
 
     try:
+        check(config)
         bundle = read_trusted(config)
         read_card(bundle.manifest, bundle.documents)
         for name in config.ensembles:
             compose_named(bundle, config, name)
-    except (InvalidBundle, InvalidEnsemble) as error:
+    except (InvalidBundle, InvalidEnsemble, MissingExtra) as error:
         return _refused("serve", error)
     print(f"the configuration is valid: {', '.join(config.ensembles)} over {config.bundle_path}")
     return 0

@@ -181,6 +181,10 @@ class Metrics:
         """Asked for once, where there is a quarantine: without one there is nothing to watch."""
         return QuarantineMetrics(self.registry)
 
+    def tracing(self) -> TracingMetrics:
+        """Asked for once, where there are traces."""
+        return TracingMetrics(self.registry)
+
     def call(self, method: str, ensemble: str) -> CallMetrics:
         """The part of one method on one ensemble; `ensemble` is a served name or "", never what a caller wrote."""
         return CallMetrics(
@@ -303,6 +307,21 @@ class QuarantineMetrics:
 
     def holds(self, size: int) -> None:
         self._bytes.set(size)
+
+
+class TracingMetrics:
+    """What becomes of spans on their way to a collector."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._spans = Counter("phalanx_spans", "Spans by whether a collector took them.", ("outcome",), registry=registry)
+        for outcome in ("exported", "lost"):
+            self._spans.labels(outcome)
+
+    def exported(self, spans: int) -> None:
+        self._spans.labels("exported").inc(spans)
+
+    def lost(self, spans: int) -> None:
+        self._spans.labels("lost").inc(spans)
 
 
 class Tally:

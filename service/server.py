@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self, cast
 import grpc
 from prometheus_client import ProcessCollector
 
+from service import extras
 from service.config import Address, ServiceConfig, TlsConfig
 from service.ensembles import load_ensembles
 from service.graph_cache import GraphCache
@@ -50,8 +51,8 @@ ADMIN_THREADS = 4
 SPARE_THREADS = 16  # so that health checks are answered, and excess calls refused, while every admitted call has its thread
 
 
-class CannotListen(RuntimeError):
-    """The address cannot be had."""
+class CannotStart(RuntimeError):
+    """What the configuration asks for cannot be had: an address, a certificate, a collector's client."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,9 @@ class Server:
         if wanted is None:
             return None
         try:
-            from service.tracing import Tracing  # the extra `tracing`
-        except ImportError:
-            raise CannotListen("tracing needs other packages: pip install 'phalanx-ensemble[tracing]'") from None
-        tracing = Tracing(wanted)
+            tracing = extras.tracing()(wanted, self.metrics.tracing())
+        except ValueError as error:
+            raise CannotStart(f"tracing: {error}") from None
         started.callback(tracing.close, 1.0)  # which finds it closed after a drain
         return tracing
 
@@ -212,7 +212,7 @@ class Server:
         try:
             port = MetricsPort(wanted, self.metrics.registry, self._config.tls)
         except OSError as error:
-            raise CannotListen(f"metrics: cannot have {wanted}: {error.strerror or error}") from None
+            raise CannotStart(f"metrics: cannot have {wanted}: {error.strerror or error}") from None
         started.callback(port.close)
         return port.address
 
@@ -227,20 +227,16 @@ def _start(server: grpc.Server) -> None:
     try:
         server.start()
     except OSError as error:  # of the native front end, which needs a folder for sockets of its own
-        raise CannotListen(f"front_end: cannot start: {error}") from None
+        raise CannotStart(f"front_end: cannot start: {error}") from None
 
 
 def front_end(
     config: ServiceConfig, pool: ThreadPoolExecutor, options: Sequence[tuple[str, int]], gate: Callable[[], Gate]
 ) -> grpc.Server:
-    """What reads and writes messages; `gate` is asked once calls come in. Raises CannotListen where it is not installed."""
+    """What reads and writes messages; `gate` is asked once calls come in. Raises MissingExtra."""
     if config.front_end == "grpcio":
         return grpc.server(pool, options=options, interceptors=[Doorkeeper(gate)])
-    try:
-        from service.native_front import NativeServer  # the extra `native`
-    except ImportError:
-        raise CannotListen("front_end: native needs another package: pip install 'phalanx-ensemble[native]'") from None
-    return cast(grpc.Server, NativeServer(pool, options))  # reads messages where no thread of ours waits for it
+    return cast(grpc.Server, extras.native_server()(pool, options))  # reads messages where no thread of ours waits for it
 
 
 def _options(config: ServiceConfig, share_port: bool = False) -> list[tuple[str, int]]:
@@ -267,7 +263,7 @@ def listen(server: grpc.Server, key: str, wanted: Address, tls: TlsConfig | None
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
-        raise CannotListen(f"{key}: cannot have {wanted}: another process uses it, or it is not ours") from None
+        raise CannotStart(f"{key}: cannot have {wanted}: another process uses it, or it is not ours") from None
     return Address(wanted.host, port)
 
 
@@ -276,7 +272,7 @@ def resolved(key: str, address: Address) -> Address:
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise CannotListen(f"{key}: cannot have {address}: {error.strerror or error}") from None
+        raise CannotStart(f"{key}: cannot have {address}: {error.strerror or error}") from None
     *_, place = min(found, key=lambda each: each[0] != socket.AF_INET)
     return Address(str(place[0]), address.port)
 
@@ -285,4 +281,4 @@ def _credentials(tls: TlsConfig, metrics: Metrics) -> grpc.ServerCredentials:
     try:
         return Certificates(tls, metrics.certificate_expires).credentials()
     except InvalidCertificate as error:
-        raise CannotListen(str(error)) from None
+        raise CannotStart(str(error)) from None

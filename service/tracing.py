@@ -1,33 +1,41 @@
 """OpenTelemetry traces (extra `tracing`): a span for each request, and below it one for each of its stages.
 
 All that a span says is known when the request ends, so that nothing is begun or switched on the way: who answers only notes
-when stages ended. Spans are exported by a thread of the SDK; a collector that is slow, deaf or gone costs spans and nothing else.
+when stages ended. Spans are exported by a thread of the SDK; a collector that is slow, deaf or gone costs spans and nothing else:
+they are counted, and a line a minute tells how many. The SDK's own log is silent, as any caller could write to it.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import grpc
 from opentelemetry.context import Context as Parent
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from service.config import TracingConfig
 from service.context import Context
+from service.metrics import TracingMetrics
 from service.own_version import own_version
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import admin_pb2, defense_ensemble_pb2
 
-EXPORT_SECONDS = 5.0  # for one batch of spans
+log = logging.getLogger(__name__)
+
+EXPORT_SECONDS = 5.0  # for one batch of spans, and for all that wait when the server ends
+SILENT_SECONDS = 60.0  # between two lines about lost spans
 PARENT_KEYS = ("traceparent", "tracestate")  # of W3C Trace Context
 # That mean trouble here, and not a caller's mistake (OpenTelemetry's conventions for gRPC servers)
 ERRORS = frozenset(
@@ -46,13 +54,20 @@ ERRORS = frozenset(
 class Tracing:
     """Where requests become traces. Thread-safe."""
 
-    def __init__(self, config: TracingConfig) -> None:
-        exporter = OTLPSpanExporter(config.endpoint, insecure=not config.endpoint.startswith("https:"), timeout=EXPORT_SECONDS)
+    def __init__(self, config: TracingConfig, metrics: TracingMetrics) -> None:
+        """Raises ValueError where an `OTEL_` variable of the environment, which all OpenTelemetry software reads, is broken."""
         own = {"service.name": "phalanx", "service.version": own_version(), "service.instance.id": str(uuid.uuid4())}
-        self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(config.sample)), resource=Resource.create(own), shutdown_on_exit=False
-        )
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        try:
+            exporter = OTLPSpanExporter(config.endpoint, insecure=not config.endpoint.startswith("https:"), timeout=EXPORT_SECONDS)
+            self._provider = TracerProvider(
+                sampler=ParentBased(TraceIdRatioBased(config.sample)),
+                resource=Resource.create({**own, "process.pid": os.getpid()}).merge(OTELResourceDetector().detect()),
+                shutdown_on_exit=False,
+            )
+            self._provider.add_span_processor(BatchSpanProcessor(Exporter(exporter, config.endpoint, metrics)))
+        except Exception as error:  # the SDK raises what its parsers raise
+            raise ValueError(f"the environment's OTEL_ variables do not fit: {error}") from error
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._tracer = self._provider.get_tracer("phalanx")
         self._propagator = TraceContextTextMapPropagator()
         self._methods = dict(_full_names())
@@ -66,10 +81,41 @@ class Tracing:
         return Trace(span, self._tracer) if span.is_recording() else None
 
     def close(self, timeout: float) -> None:
-        """Export what waits, for no longer than so many seconds."""
+        """Export what waits, for no longer than so many seconds, and EXPORT_SECONDS at most."""
         ending = threading.Thread(target=self._provider.shutdown, name="tracing-end", daemon=True)
         ending.start()
-        ending.join(timeout)
+        ending.join(min(timeout, EXPORT_SECONDS))
+
+
+class Exporter(SpanExporter):
+    """Another exporter, of whose failures operators hear. Asked by one thread."""
+
+    def __init__(self, exporter: SpanExporter, endpoint: str, metrics: TracingMetrics) -> None:
+        self._exporter, self._endpoint, self._metrics = exporter, endpoint, metrics
+        self._lost, self._last_line = 0, -math.inf
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        try:
+            result = self._exporter.export(spans)
+        except Exception:  # a span that cannot be encoded
+            log.exception("%d spans cannot be exported", len(spans))
+            result = SpanExportResult.FAILURE
+        if result is SpanExportResult.SUCCESS:
+            self._metrics.exported(len(spans))
+        else:
+            self._lose(len(spans))
+        return result
+
+    def _lose(self, spans: int) -> None:
+        self._metrics.lost(spans)
+        self._lost += spans
+        now = time.monotonic()
+        if now - self._last_line >= SILENT_SECONDS:
+            log.warning("%d spans are lost: no collector takes them at %s within %g s", self._lost, self._endpoint, EXPORT_SECONDS)
+            self._lost, self._last_line = 0, now
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
 
 
 class Trace:
@@ -87,9 +133,13 @@ class Trace:
         return format_trace_id(self._span.get_span_context().trace_id)
 
     def stage(self, name: str, began: float, ended: float) -> None:
-        """One of the request's stages, in their order; none begins before the one before has ended."""
-        earliest = self._stages[-1][2] if self._stages else began
-        self._stages.append((name, min(max(began, earliest), ended), ended))
+        """One of the request's stages, in their order."""
+        self._stages.append((name, began, ended))
+
+    def then(self, name: str, seconds: float) -> None:
+        """A stage that began when the one before ended, and is over by now; of runs in two lanes at once, each counts."""
+        began = self._stages[-1][2]
+        self._stages.append((name, began, min(began + seconds, time.perf_counter())))
 
     def finish(self, code: str, attributes: Mapping[str, str | int]) -> None:
         """Nothing about pixels or scores is among the attributes: a collector need not know more than the metrics tell."""

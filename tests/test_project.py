@@ -122,6 +122,16 @@ def test_the_console_command_explains_itself(installed: Path, tmp_path: Path) ->
     assert "serve" in run(installed / "phalanx", "--help", cwd=tmp_path)
 
 
+@pytest.mark.parametrize("check", [["--check"], []], ids=["checked", "served"])
+@pytest.mark.parametrize(("asked", "extra"), [("front_end: native", "native"), ("tracing: {}", "tracing")])
+def test_an_extra_that_is_not_installed_is_named(installed: Path, tmp_path: Path, asked: str, extra: str, check: list[str]) -> None:
+    (tmp_path / "phalanx.yaml").write_text(f"{asked}\nlisten: 127.0.0.1:0\nmetrics: off\n")
+    command = [str(installed / "phalanx"), "serve", "--config", "phalanx.yaml", *check]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"needs another package: pip install 'phalanx-ensemble[{extra}]'")
+
+
 @pytest.mark.skipif(not (REPOSITORY / "models/bundles/eurosat").is_dir(), reason="the default bundle is not built yet")
 def test_the_installed_default_bundle_is_whole(installed: Path, tmp_path: Path) -> None:
     where = "from importlib.resources import files; print(files('models') / 'bundles' / 'eurosat')"
@@ -134,7 +144,7 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("extra", ["", "train", "dev"])
+@pytest.mark.parametrize("extra", ["", *sorted(EXTRAS.keys() - {"cuda", "fuzz"})])  # these two are for machines of their own
 def test_what_is_installed_is_what_the_constraints_pin(extra: str) -> None:
     tested = pins()
     requirements = EXTRAS[extra] if extra else PROJECT["dependencies"]

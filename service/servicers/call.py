@@ -107,10 +107,8 @@ class Call:
         """Take note of the answers to all images of the call, and let those look who look on."""
         self.verdicts = result.decision.verdict
         if self.trace is not None:
-            ended = time.perf_counter()
-            computing = ended - result.compute_seconds
-            self.trace.stage("queue", computing - result.queue_seconds, computing)
-            self.trace.stage("compute", computing, ended)
+            self.trace.then("queue", result.queue_seconds)
+            self.trace.then("compute", result.compute_seconds)
         if served.witnesses:
             seen = Answered(served.name, served.bundle_version, served.names, images, result, self.caller.name, self.request_id)
             for witness in served.witnesses:

@@ -23,7 +23,7 @@ from typing import Any, Self
 from service.config import Address, ServiceConfig
 from service.metrics_port import MetricsPort
 from service.reload import Offered, Refused, Reloaded, Reloader, ReloadFailed
-from service.server import CannotListen, resolved
+from service.server import CannotStart, resolved
 from service.workers.gathered import GatheredMetrics, Scraped
 from service.workers.lines import Line, NoAnswer, answer
 from service.workers.worker import (
@@ -58,7 +58,7 @@ class Supervisor:
     """Workers that answer once it is constructed; `drain` ends them."""
 
     def __init__(self, config: ServiceConfig, read_again: Callable[[], ServiceConfig]) -> None:
-        """Raises CannotListen, or WorkerFailed with what a worker said."""
+        """Raises CannotStart, or WorkerFailed with what a worker said."""
         self._config = config
         self._seats = [Seat(number) for number in range(config.workers)]
         self._metrics = GatheredMetrics(self._scrape, config.workers, lambda: len(self._serving))
@@ -237,7 +237,7 @@ class Supervisor:
         try:
             port = MetricsPort(wanted, self._metrics.registry, self._config.tls)
         except OSError as error:
-            raise CannotListen(f"metrics: cannot have {wanted}: {error.strerror or error}") from None
+            raise CannotStart(f"metrics: cannot have {wanted}: {error.strerror or error}") from None
         started.callback(port.close)
         return port.address
 
@@ -367,9 +367,9 @@ class Seat:
 
 
 def hold(key: str, wanted: Address) -> tuple[socket.socket, Address]:
-    """A port for workers to share, and nobody else; raises CannotListen."""
+    """A port for workers to share, and nobody else; raises CannotStart."""
     if sys.platform != "linux":
-        raise CannotListen(f"workers: expected 1, as only Linux divides the connections of a port, got more on {sys.platform}")
+        raise CannotStart(f"workers: expected 1, as only Linux divides the connections of a port, got more on {sys.platform}")
     place = resolved(key, wanted)
     family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
@@ -383,5 +383,5 @@ def hold(key: str, wanted: Address) -> tuple[socket.socket, Address]:
         held.bind((place.host, port))
     except OSError as error:
         held.close()
-        raise CannotListen(f"{key}: cannot have {wanted}: {error.strerror or error}") from None
+        raise CannotStart(f"{key}: cannot have {wanted}: {error.strerror or error}") from None
     return held, Address(wanted.host, port)

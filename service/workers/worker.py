@@ -16,9 +16,10 @@ from typing import Any, assert_never
 from service import logs
 from service.config import Address, ServiceConfig
 from service.ensembles import give_back_memory
+from service.extras import MissingExtra
 from service.quarantine.keeper import CannotKeep
 from service.reload import FORESEEN, Offered, Refused, Reloaded, ReloadFailed, told
-from service.server import CannotListen, Server, Together
+from service.server import CannotStart, Server, Together
 from service.servicers.catalogue import Catalogue
 from service.workers.lines import Line, NoAnswer, answer
 
@@ -173,7 +174,7 @@ class Worker:
         logs.configure(order.config.logging, self._verbose, worker=self._number)
         try:
             self._server = Server(order.config, together=Together(self._wishes, check))
-        except (CannotKeep, CannotListen, *FORESEEN) as error:
+        except (CannotKeep, CannotStart, MissingExtra, *FORESEEN) as error:
             return Cannot(str(error))
         return Ready(Offered.of(self._server.catalogue), self._server.admin_address)
 

@@ -105,6 +105,15 @@ def test_paths_bytes_and_pixels_are_classified_together(client: Client) -> None:
     assert first.masks_seed is not None
 
 
+def test_metadata_goes_with_the_call(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = write_bundle(tmp_path / "bundle", tiny_parts())
+    values = {"bundle": bundle.path, "listen": "127.0.0.1:0", "metrics": False, "logging": {"requests": "all"}}
+    with caplog.at_level("INFO"), Server(ServiceConfig.model_validate(values)) as server, Client(str(server.address)) as client:
+        client.classify(pixels(), metadata=(("x-request-id", "one"),))
+        list(client.classify_stream([("a", pixels())], metadata=(("x-request-id", "many"),)))
+    assert [record.__dict__["request_id"] for record in caplog.records if "request_id" in record.__dict__] == ["one", "many"]
+
+
 def test_what_is_not_disclosed_is_absent(client: Client) -> None:
     (result,) = client.classify(pixels(), disclosure=Disclosure.LABEL).results
     assert isinstance(result, Classification)

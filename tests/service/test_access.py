@@ -24,7 +24,7 @@ from service.pb.inference import open_inference_pb2_grpc as inference_grpc
 from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
-from service.server import CannotListen, Server
+from service.server import CannotStart, Server
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, reason, request, retry_seconds, serving
 
@@ -310,7 +310,7 @@ def test_an_authority_that_is_none_is_refused_at_the_start(
 ) -> None:
     tls = certified(tmp_path, authority, True)
     tls["client_ca"].write_text("nothing")
-    with pytest.raises(CannotListen, match=r"ca\.pem"):
+    with pytest.raises(CannotStart, match=r"ca\.pem"):
         Server(configured(tiny_bundle, tls=tls), graphs)
 
 

@@ -29,7 +29,7 @@ from service.graph_cache import GraphCache
 from service.pb.inference.open_inference_pb2 import ServerReadyRequest
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc
-from service.server import CannotListen, Server
+from service.server import CannotStart, Server
 from tests.service.serving import ENSEMBLES, SIZE, Running, configured, connected, random_pixels, raw, request, serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -239,22 +239,22 @@ def test_a_busy_port_is_refused(tiny_bundle: Path, graphs: GraphCache) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(CannotListen, match=f"listen: cannot have 127.0.0.1:{port}: another process uses it"):
+        with pytest.raises(CannotStart, match=f"listen: cannot have 127.0.0.1:{port}: another process uses it"):
             Server(configured(tiny_bundle, listen=f"127.0.0.1:{port}"), graphs)
-        with pytest.raises(CannotListen, match=f"metrics: cannot have 127.0.0.1:{port}"):
+        with pytest.raises(CannotStart, match=f"metrics: cannot have 127.0.0.1:{port}"):
             Server(configured(tiny_bundle, metrics=f"127.0.0.1:{port}"), graphs)
 
 
 def test_a_name_is_one_address_so_that_a_busy_one_is_noticed(tiny_bundle: Path, graphs: GraphCache, running: Running) -> None:
     port = running.server.address.port
-    with pytest.raises(CannotListen, match=f"cannot have localhost:{port}"):
+    with pytest.raises(CannotStart, match=f"cannot have localhost:{port}"):
         Server(configured(tiny_bundle, listen=f"localhost:{port}"), graphs)
-    with pytest.raises(CannotListen, match=r"cannot have no\.such\.host\.invalid:1"):
+    with pytest.raises(CannotStart, match=r"cannot have no\.such\.host\.invalid:1"):
         Server(configured(tiny_bundle, listen="no.such.host.invalid:1", insecure=True), graphs)
 
 
 def test_two_servers_do_not_share_a_port(tiny_bundle: Path, graphs: GraphCache, running: Running) -> None:
-    with pytest.raises(CannotListen, match="cannot have"):
+    with pytest.raises(CannotStart, match="cannot have"):
         Server(configured(tiny_bundle, listen=str(running.server.address)), graphs)
 
 
@@ -424,7 +424,7 @@ def test_a_certificate_that_cannot_be_used_is_refused(
     if content is not None:
         certificate.write_text(content)
         key.write_text(content)
-    with pytest.raises(CannotListen, match=f"tls: .*certificate.pem.*: .*{sentence}"):
+    with pytest.raises(CannotStart, match=f"tls: .*certificate.pem.*: .*{sentence}"):
         Server(configured(tiny_bundle, tls={"certificate": certificate, "key": key}), graphs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import socket
 import subprocess
@@ -17,14 +18,21 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collected
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.config import InvalidConfig, load_config
 from service.graph_cache import GraphCache
+from service.metrics import Metrics
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.server import CannotStart
+from service.tracing import EXPORT_SECONDS, Exporter, Trace
 from tests.service.serving import Running, random_pixels, raw, request, serving
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{flags}"
@@ -43,7 +51,7 @@ class Collector(collecting.TraceServiceServicer):
 
     def Export(self, request: Any, _: grpc.ServicerContext) -> Any:  # noqa: N802
         for resource in request.resource_spans:
-            about = {each.key: each.value.string_value for each in resource.resource.attributes}
+            about = {each.key: each.value.string_value or str(each.value.int_value) for each in resource.resource.attributes}
             for scope in resource.scope_spans:
                 for span in scope.spans:
                     self.received.put((about, span))
@@ -116,6 +124,24 @@ def test_a_request_and_its_stages_are_spans_of_the_callers_trace(
     assert whole.status.code == Status.STATUS_CODE_UNSET
 
 
+def test_stages_are_counted_from_the_start_whenever_the_answer_is_noticed() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    trace, now = Trace(tracer.start_span("whole"), tracer), time.perf_counter()
+    trace.stage("decode", now - 10, now - 9)
+    trace.then("queue", 1)
+    trace.then("compute", 2)
+    trace.then("compute", 100)  # of several lanes, all in all
+    trace.finish("OK", {})
+    *stages, whole = exporter.get_finished_spans()
+    begins, ends = ([getattr(stage, moment) for stage in stages] for moment in ("start_time", "end_time"))
+    assert begins[1:] == ends[:-1]
+    seconds = [(end - begin) / 1e9 for begin, end in zip(begins, ends, strict=True)]
+    assert seconds == pytest.approx([1, 1, 2, 6], abs=0.5)
+    assert ends[-1] <= whole.end_time
+
+
 @both
 def test_every_request_of_a_stream_has_a_span(tiny_bundle: Path, graphs: GraphCache, collector: Collector, front_end: str) -> None:
     with traced(tiny_bundle, graphs, collector.address, front_end=front_end) as running:
@@ -186,12 +212,60 @@ def deaf(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_collector_that_is_gone_or_deaf_costs_no_answer_and_no_end(
     tiny_bundle: Path, graphs: GraphCache, deaf: str, front_end: str
 ) -> None:
-    shutdown = {"notice_seconds": 0, "drain_seconds": 1}
+    shutdown = {"notice_seconds": 0, "drain_seconds": 60}
     with traced(tiny_bundle, graphs, deaf, front_end=front_end, shutdown=shutdown) as running:
         for seed in range(50):
             running.native.Classify(request(random_pixels(1, seed)), timeout=SECONDS)
         began = time.monotonic()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < EXPORT_SECONDS + 3.0
+
+
+def test_lost_spans_are_counted_and_told_once_a_minute(deaf: str, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    exporter = Exporter(OTLPSpanExporter(deaf, insecure=True, timeout=0.2), deaf, metrics.tracing())
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for _ in range(3):
+        provider.get_tracer("test").start_span("lost").end()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.tracing"]
+    assert line.startswith(f"1 spans are lost: no collector takes them at {deaf}")
+    assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "lost"}) == 3
+    assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "exported"}) == 0
+
+
+def test_callers_cannot_write_to_the_log(
+    tiny_bundle: Path, graphs: GraphCache, collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = (("traceparent", PARENT.format(flags="01")), ("tracestate", "no state, at=all, = ," + "x" * 600))
+    with traced(tiny_bundle, graphs, collector.address) as running:
+        caplog.clear()
+        running.native.Classify(request(random_pixels(1)), metadata=headers)
+        assert [record.name for record in caplog.records if record.name.startswith("opentelemetry")] == []
+    assert running.server.metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "exported"}) == 5
+
+
+def test_the_environment_names_the_service(
+    tiny_bundle: Path, graphs: GraphCache, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "tiles")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.instance.id=one")
+    with traced(tiny_bundle, graphs, collector.address) as running:
+        running.native.Classify(request(random_pixels(1)))
+    about, _ = collector.received.get()
+    assert (about["service.name"], about["service.instance.id"]) == ("tiles", "one")
+    assert about["deployment.environment.name"] == "test"
+    assert about["process.pid"] == str(os.getpid())
+
+
+def test_an_environment_that_does_not_fit_is_refused(
+    tiny_bundle: Path, graphs: GraphCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")
+    with (
+        pytest.raises(CannotStart, match=r"tracing: the environment's OTEL_ variables .*many"),
+        traced(tiny_bundle, graphs, "http://127.0.0.1:4317"),
+    ):
+        pass
 
 
 def test_without_tracing_nothing_of_it_is_loaded(tiny_bundle: Path) -> None:

@@ -22,6 +22,7 @@ PATIENCE = 5.0  # seconds that it then waits for a connection
 # As large as a server's answers may get: some hundred images with all their evidence, over many classes.
 OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
 
+Metadata = tuple[tuple[str, str | bytes], ...]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
@@ -35,7 +36,8 @@ class Client:
 
     `credentials` are grpcio's, as `grpc.ssl_channel_credentials()` makes them; without them the connection is plain
     text.  `token` is sent with every call, where the server asks for one.  Every call raises PhalanxError where it fails
-    as a whole; an image that cannot be classified is an ImageError among the results.
+    as a whole; an image that cannot be classified is an ImageError among the results.  `metadata` goes with one call:
+    an `x-request-id`, which the server's log and traces then name, or the `traceparent` of the caller's own trace.
 
     Where a server that answered before is gone or shuts down (UNAVAILABLE), a call is made once more, over whatever
     connection there is then: a worker or a replica that ends is not noticed.  Streams are not begun again.
@@ -54,7 +56,7 @@ class Client:
             self._channel = grpc.insecure_channel(target, settings)
         else:
             self._channel = grpc.secure_channel(target, credentials, settings)
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub = pb_grpc.DefenseEnsembleStub(self._channel)
         self._reached = False  # whether a server ever answered
 
@@ -64,12 +66,13 @@ class Client:
         ensemble: str = "",
         disclosure: Disclosure = Disclosure.UNSPECIFIED,
         timeout: float | None = TIMEOUT,
+        metadata: Metadata = (),
     ) -> Answer:
         """Classify images together: paths, the bytes of image files, or RawPixels.  Ensemble "" is the default."""
         request = pb.ClassifyRequest(
             ensemble=ensemble, images=map(to_message, images), disclosure=pb.Disclosure.ValueType(disclosure)
         )
-        return answers.answer(self._call(self._stub.Classify, request, timeout))
+        return answers.answer(self._call(self._stub.Classify, request, timeout, metadata))
 
     def classify_stream(
         self,
@@ -78,6 +81,7 @@ class Client:
         ensemble: str = "",
         disclosure: Disclosure = Disclosure.UNSPECIFIED,
         timeout: float | None = None,
+        metadata: Metadata = (),
     ) -> Iterator[StreamAnswer]:
         """Classify images as they come: pairs of an id of the caller's and an image; answers keep their order.
 
@@ -99,7 +103,7 @@ class Client:
                 broken.append(error)
                 call.cancel()
 
-        call = self._stub.ClassifyStream(requests(), timeout=timeout, metadata=self._metadata)
+        call = self._stub.ClassifyStream(requests(), timeout=timeout, metadata=self._metadata + metadata)
         try:
             for message in call:
                 yield answers.stream_answer(message)
@@ -117,11 +121,11 @@ class Client:
         response = self._call(self._stub.GetEnsemble, pb.GetEnsembleRequest(ensemble=ensemble), timeout)
         return answers.ensemble(response.ensemble)
 
-    def _call(self, method: Callable[..., Response], request: Request, timeout: float | None) -> Response:
+    def _call(self, method: Callable[..., Response], request: Request, timeout: float | None, metadata: Metadata = ()) -> Response:
         """One unary call; once more where a server that answered before is not available."""
         end = None if timeout is None else time.monotonic() + timeout
         try:
-            answer = method(request, timeout=timeout, metadata=self._metadata)
+            answer = method(request, timeout=timeout, metadata=self._metadata + metadata)
         except grpc.RpcError as error:
             gone = error.code() is grpc.StatusCode.UNAVAILABLE
             if not gone or not self._reached:
@@ -132,7 +136,7 @@ class Client:
                 left = PATIENCE if end is None else min(PATIENCE, end - time.monotonic())
                 grpc.channel_ready_future(self._channel).result(max(0.0, left))
                 left_of_all = None if end is None else max(0.0, end - time.monotonic())
-                answer = method(request, timeout=left_of_all, metadata=self._metadata)
+                answer = method(request, timeout=left_of_all, metadata=self._metadata + metadata)
             except grpc.FutureTimeoutError:  # nobody came back
                 raise errors.from_call(error) from None
             except grpc.RpcError as again:
