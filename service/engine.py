@@ -68,7 +68,11 @@ class Stop:
 
 
 class Lanes:
-    """Where runs are computed: so many at once, for all engines of a process together, however many those are."""
+    """Where runs are computed: so many at once, for all engines of a process together, however many those are.
+
+    While more than half of them are free there is time to spare, which one run at a time may borrow: it takes no lane, and is
+    stopped as soon as there is none to spare any more.
+    """
 
     def __init__(self, count: int = 0) -> None:
         """`count` 0: as many as this process may use cores."""
@@ -76,77 +80,73 @@ class Lanes:
         self.free = self.count
         lock = threading.Lock()
         self._changed = threading.Condition(lock)
-        self._idle = threading.Condition(lock)  # for those who wait until nothing is computed
+        self._idle = threading.Condition(lock)  # for those who wait until there is time to spare
         self._borrower: Stop | None = None
-        self._used = 0.0  # time.monotonic() when somebody who did not borrow it left a lane
+        self._busy = 0.0  # time.monotonic() when there last was no time to spare
         self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="compute")
 
     def enter(self, wait: bool = True) -> bool:
         """Take a lane, which whoever took it must `leave`; False where none is free and none is waited for."""
         with self._changed:
-            self._recall()
             while not self.free:
                 if not wait:
                     return False
                 self._changed.wait()
             self.free -= 1
+            if self._borrower is not None and not self._to_spare():
+                self._borrower.now()
         return True
 
     def await_free(self) -> None:
         """Return when a lane is free, without taking it."""
         with self._changed:
-            self._recall()
-            while not self.free:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self.free)
 
     def leave(self) -> None:
         with self._changed:
-            self._used = time.monotonic()
-            self._free_one()
+            was_busy = not self._to_spare()
+            self.free += 1
+            self._changed.notify_all()
+            if was_busy:
+                self._busy = time.monotonic()
+                if self._to_spare():
+                    self._idle.notify_all()
 
     def await_idle(self, seconds: float, gave_up: Callable[[], bool]) -> bool:
-        """Return when nothing has been computed for so long, or, with False, when somebody gave up and woke the borrowers."""
+        """Return when there has been time to spare for so long, or, with False, when somebody gave up and woke the borrowers."""
         with self._idle:
             while not gave_up():
-                self._idle.wait_for(lambda: self.free == self.count or gave_up())
-                left = self._used + seconds - time.monotonic()
+                self._idle.wait_for(lambda: self._lends() or gave_up())
+                left = self._busy + seconds - time.monotonic()
                 if left <= 0:
                     break
                 self._idle.wait(left)
             return not gave_up()
 
     def borrow(self, stop: Stop) -> bool:
-        """Take a lane while nothing is computed, until somebody else enters one: then `stop` is called, and the lane to be given
-        back at once. False where something is computed.
+        """Compute in time that is to spare, until it is not: then `stop` is called, and the end to be told by `give_back`.
+        False where there is none.
         """
-        with self._changed:
-            if self.free < self.count:
+        with self._idle:
+            if not self._lends():
                 return False
-            self.free -= 1
             self._borrower = stop
             return True
 
     def give_back(self) -> None:
-        """The lane that was borrowed."""
-        with self._changed:
+        with self._idle:
             self._borrower = None
-            self._free_one()
+            self._idle.notify_all()
 
     def wake_borrowers(self) -> None:
         with self._idle:
             self._idle.notify_all()
 
-    def _free_one(self) -> None:
-        """The caller holds the lock."""
-        self.free += 1
-        self._changed.notify_all()
-        if self.free == self.count:
-            self._idle.notify_all()
+    def _to_spare(self) -> bool:
+        return 2 * self.free > self.count
 
-    def _recall(self) -> None:
-        """The caller holds the lock."""
-        if self._borrower is not None:
-            self._borrower.now()
+    def _lends(self) -> bool:
+        return self._borrower is None and self._to_spare()
 
     def compute(self, work: Callable[[], None]) -> None:
         """Do the work in a thread of ours; the caller has taken a lane, and the work leaves it."""

@@ -130,8 +130,8 @@ class Metrics:
         )
         self._unseen = Counter(
             "phalanx_shadow_dropped_images",
-            "Images that were meant for a shadow ensemble, for which there was no time.",
-            ("ensemble", "shadow"),
+            "Images that were meant for a shadow ensemble and not compared, by why.",
+            ("ensemble", "shadow", "reason"),
             registry=self.registry,
         )
         self._providers: dict[str, str] = {}
@@ -174,7 +174,7 @@ class Metrics:
                 for label in (True, False)
                 for verdict in (True, False)
             },
-            self._unseen.labels(ensemble, shadow),
+            {reason: self._unseen.labels(ensemble, shadow, reason) for reason in ("queue_full", "failed")},
         )
 
     def quarantine(self) -> QuarantineMetrics:
@@ -266,15 +266,15 @@ class ShadowMetrics:
 
     __slots__ = ("_compared", "_dropped")
 
-    def __init__(self, compared: Mapping[tuple[bool, bool], Counter], dropped: Counter) -> None:
+    def __init__(self, compared: Mapping[tuple[bool, bool], Counter], dropped: Mapping[str, Counter]) -> None:
         self._compared, self._dropped = compared, dropped
 
     def compared(self, label: bool, verdict: bool) -> None:
         """Whether it was the same."""
         self._compared[label, verdict].inc()
 
-    def dropped(self) -> None:
-        self._dropped.inc()
+    def dropped(self, reason: str) -> None:
+        self._dropped[reason].inc()
 
 
 def _agreement(same: bool) -> str:

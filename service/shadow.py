@@ -1,17 +1,14 @@
 """Shadow ensembles: a share of the traffic also runs through another ensemble, and it is counted how often the two agree.
 
-Nobody waits for a shadow. Its images run one at a time, once nothing else has been computed for a while, in a thread that yields
-the processor, and a run is stopped as soon as somebody enters a lane; it is begun again later. What comes while too much waits is
-dropped and counted.
+Nobody waits for a shadow. Its images run one at a time, in time that lanes have had to spare for a while (service/engine.py), and a
+run is stopped as soon as they have none; it is begun again later. What comes while too much waits is dropped and counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +21,7 @@ from service.witnesses import Answered
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 256  # images
-QUIET_SECONDS = 0.005  # since anything was computed: a caller who asks again at once is back before
+QUIET_SECONDS = 0.005  # with time to spare: a caller who asks again at once is back before
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Shadow:
             if self._draw() >= self._share:
                 continue
             if len(self._waiting) >= MOST_WAITING:
-                self._metrics.dropped()
+                self._metrics.dropped("queue_full")
                 continue
             alone = answered.images[row : row + 1].copy()
             with self._changed:
@@ -85,9 +82,6 @@ class Shadow:
         self._thread.join()
 
     def _compute_all(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ended or self._waiting)
@@ -98,17 +92,12 @@ class Shadow:
 
     def _compute_one(self) -> None:
         stop = Stop()
-        borrowed = []
-        for lanes in self._lanes:
-            if not lanes.borrow(stop):
-                break
-            borrowed.append(lanes)
-        try:
-            if len(borrowed) == len(self._lanes):
-                self._run(stop)
-        finally:
-            for lanes in borrowed:
-                lanes.give_back()
+        with contextlib.ExitStack() as borrowed:
+            for lanes in self._lanes:
+                if not lanes.borrow(stop):
+                    return
+                borrowed.callback(lanes.give_back)
+            self._run(stop)
 
     def _run(self, stop: Stop) -> None:
         with self._changed:
@@ -124,7 +113,7 @@ class Shadow:
                     self._waiting.appendleft(sampled)
         except Exception:
             log.exception("shadow: an image that could not be computed")
-            self._metrics.dropped()
+            self._metrics.dropped("failed")
         finally:
             with self._changed:
                 self._running = None

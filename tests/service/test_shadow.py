@@ -145,47 +145,31 @@ def test_nothing_runs_while_anything_is_computed_and_what_is_too_much_is_dropped
     assert compared(metrics) == (MOST_WAITING, MOST_WAITING)
 
 
-class Told(Stop):
-    """That it was asked can be waited for."""
-
-    __slots__ = ("event",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.event = threading.Event()
-
-    def now(self) -> None:
-        super().now()
-        self.event.set()
-
-
-def test_who_finds_no_lane_free_has_the_borrowed_one_stopped() -> None:
-    lanes, stop, entered = Lanes(1), Told(), threading.Event()
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_enters_a_lane_has_it_at_once_and_the_borrower_stopped(count: int) -> None:
+    lanes, stop = Lanes(count), Stop()
     assert lanes.borrow(stop)
-
-    def enter() -> None:
-        lanes.enter()
-        entered.set()
-
-    caller = threading.Thread(target=enter)
-    caller.start()
-    assert stop.event.wait(10)
-    assert not entered.is_set()
-    lanes.give_back()
-    assert entered.wait(10)
-    caller.join()
-    lanes.close()
-
-
-def test_who_finds_another_lane_free_waits_for_nothing() -> None:
-    lanes, stop = Lanes(2), Told()
-    assert lanes.borrow(stop)
+    assert not lanes.borrow(Stop())  # one at a time
     assert lanes.enter(wait=False)
     assert stop.asked
     lanes.give_back()
     assert not lanes.borrow(Stop())  # while somebody computes
     lanes.leave()
     assert lanes.borrow(Stop())
+    lanes.close()
+
+
+def test_many_lanes_lend_while_more_than_half_of_them_are_free() -> None:
+    lanes, stop = Lanes(8), Stop()
+    for _ in range(3):
+        lanes.enter()
+    assert lanes.await_idle(60.0, lambda: False)  # there always was time to spare
+    assert lanes.borrow(stop)
+    before = stop.asked
+    lanes.enter()
+    assert (before, stop.asked) == (False, True)
+    lanes.give_back()
+    assert not lanes.borrow(Stop())
     lanes.close()
 
 
