@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 IMAGE = "image"  # the input that has a size; the others are shared by all images of a run
 GRAPH_ID, NO_GRAPH = "gpu_graph_id", -1  # a run option of ONNX Runtime
-TOLERANCE = 1e-4  # of one session's runs on one device, which agree within 1e-5
+TOLERANCE = 1e-3  # two runs of one size differ by rounding; a graph that reads or writes elsewhere is far off
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:
