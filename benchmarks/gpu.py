@@ -32,7 +32,7 @@ from models.bundle import Bundle, read_bundle
 from models.composition import InvalidEnsemble
 from models.ensemble import Decision, RuleName
 from service.batch import joined
-from service.bound_runs import SIZES
+from service.bound_runs import sizes_up_to
 from service.config import DecisionConfig, DeviceConfig, EnsembleConfig, ServiceConfig
 from service.engine import Engine, Lanes, ProviderUnavailable, open_session
 from service.ensembles import compose_named
@@ -83,7 +83,8 @@ class Engines:
         ensembles: dict[str, EnsembleConfig] = {self._name: chosen}
         ensemble = compose_named(self.bundle, self._config.model_copy(update={"ensembles": ensembles}), self._name)
         device = only(provider).model_copy(update={"cuda_graphs": cuda_graphs})
-        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, device, self._threads)
+        largest = self._config.batching.max_batch_size
+        return Engine(self._cache.fused(self.bundle, ensemble), self.bundle, ensemble, device, self._threads, largest)
 
 
 def only(provider: Provider) -> DeviceConfig:
@@ -105,17 +106,18 @@ def parity(engines: Engines, provider: Provider, n: int) -> bool:
             continue
         served += 1
         for graphs in (True, False):
-            got = in_parts(engines.on(provider, rule, graphs), images, run.masks_seed)
+            with closing(engines.on(provider, rule, graphs)) as engine:
+                got = in_parts(engine, images, run.masks_seed)
             found = compared(got, run.decision, engines.rates)
             good &= found.same
-            print(f"  {rule.value:12} {'with' if graphs else 'no'} CUDA graphs: {found}", flush=True)
+            print(f"  {rule.value:12} {'with' if engine.cuda_graphs else 'no'} CUDA graphs: {found}", flush=True)
     return good and served > 0
 
 
 def in_parts(engine: Engine, images: NDArray[np.uint8], masks_seed: int | None) -> Decision:
     """One answer, of runs of all sizes in turn."""
     runs, start = [], 0
-    for size in itertools.cycle(SIZES):
+    for size in itertools.cycle(sizes_up_to(engine.most_at_once)):
         if start >= len(images):
             break
         runs.append(engine.run(images[start : start + size], masks_seed).decision)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from models.bundle import Bundle, StochasticSpec
 from models.ensemble import Decision, Ensemble
 from models.masks import draw_masks
 from models.self_test import check_member, compare, softmax
-from service.bound_runs import SIZES, BoundRuns
+from service.bound_runs import BoundRuns, sizes_up_to
 from service.config import DeviceConfig
+from service.gpu_runs import GpuRuns, NotOnGpu
 
 log = logging.getLogger(__name__)
 
@@ -166,32 +168,45 @@ class Engine:
     other, too, and for all their callers: with a lane each, one computes while the other's answers are on their way.
     """
 
-    def __init__(self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, lanes: Lanes) -> None:
-        """`graph` is the fused graph of `ensemble` over `bundle`; `lanes` may be those of other engines, too.
+    def __init__(
+        self, graph: bytes, bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, lanes: Lanes, largest_batch: int
+    ) -> None:
+        """`graph` is the fused graph of `ensemble` over `bundle`; `lanes` may be those of other engines, too; batches of more
+        than `largest_batch` images are not worth preparing for.
 
         Raises ProviderUnavailable, or InvalidBundle where the self-test fails.
         """
         manifest = bundle.manifest
         self.input_shape = manifest.input.shape  # (height, width, channels)
-        self._session = open_session(graph, device)
-        self.provider: str = self._session.get_providers()[0]
-        on_cpu = self.provider != CUDA
-        self.lanes = lanes if on_cpu else Lanes(1)  # a GPU divides a run by itself
-        self.most_at_once = MOST_AT_ONCE if on_cpu else SIZES[-1]  # images that are worth to be in one run
-        self.fallback = _falls_back(self.provider, device)
         stochastic = (manifest.member(name).stochastic for name in ensemble.members)
         self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
         self._masks_seed = manifest.masks.seed
         self._fixed = self._draw(self._masks_seed)
         self._fresh = ensemble.masks == "fresh"
-        self._bound = None if on_cpu else self._bind(graph, device)
-        self._one_at_a_time = threading.Lock()  # of bound runs
-        _self_test(self, bundle, ensemble)
+        self._gpu = self._on_gpu(graph, device, bundle.samples.images, largest_batch) if _wants_cuda(device) else None
+        self.fallback = _wants_cuda(device) and self._gpu is None
+        if self._gpu is None:
+            self._session = open_session(graph, device.model_copy(update={"provider": "cpu"}))
+        self.provider = CPU if self._gpu is None else CUDA
+        self.cuda_graphs = self._gpu is not None and self._gpu.graphs
+        self.lanes = lanes if self._gpu is None else Lanes(1)  # a GPU divides a run by itself
+        self.most_at_once = MOST_AT_ONCE if self._gpu is None else largest_batch  # images that are worth to be in one run
+        try:
+            _self_test(self, bundle, ensemble)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go what is on a GPU; the caller runs nothing any more. A session on the CPU needs nothing of the kind."""
+        if self._gpu is not None:
+            self._gpu.close()
+            self.lanes.close()
 
     def run(self, images: Images, masks_seed: int | None = None, *, stop: Stop | None = None) -> Run:
         """Classify images (n, h, w, c) as one batch; the `masks_seed` of an earlier answer repeats that answer.
 
-        Raises Stopped where `stop` ended it.
+        Raises Stopped where `stop` ended it, which it does on the CPU alone.
         """
         if self._masks_spec is None:
             return Run(self._decide(images, {}, stop), None)
@@ -200,21 +215,22 @@ class Engine:
         masks = self._fixed if masks_seed == self._masks_seed else self._draw(masks_seed)
         return Run(self._decide(images, {"masks": masks}, stop), masks_seed)
 
-    def _bind(self, graph: bytes, device: DeviceConfig) -> BoundRuns:
+    def _on_gpu(self, graph: bytes, device: DeviceConfig, samples: Images, largest_batch: int) -> GpuRuns | None:
+        """None where the session would be elsewhere, and `strict` allows it."""
         masks = {} if self._fixed is None else {"masks": self._fixed}
-        if device.cuda_graphs:
-            try:
-                self._session = open_session(graph, device, cuda_graphs=True)
-                return BoundRuns(self._session, _COLUMNS, masks, "cuda", graphs=True)
-            except Exception as error:  # of ONNX Runtime or of CUDA: theirs have no common base
-                log.warning("no CUDA graphs, runs are launched kernel by kernel: %s", error)
-                self._session = open_session(graph, device)
-        return BoundRuns(self._session, _COLUMNS, masks, "cuda", graphs=False)
+        bind = partial(BoundRuns, columns=_COLUMNS, others=masks, sizes=sizes_up_to(largest_batch), device="cuda")
+        try:
+            return GpuRuns(partial(_open_on_gpu, graph, device), bind, samples, device.cuda_graphs)
+        except NotOnGpu as error:
+            sentence = f"expected a session on {CUDA} (device.provider is {device.provider}), got one on {error}"
+        if device.strict:
+            raise ProviderUnavailable(f"{sentence}; device.strict is true")
+        log.warning("%s: this will be slow", sentence)
+        return None
 
     def _decide(self, images: Images, masks: dict[str, Any], stop: Stop | None) -> Decision:
-        if self._bound is not None:  # takes milliseconds, and is not stopped on the way
-            with self._one_at_a_time:
-                return Decision(*self._bound.run(images, masks))
+        if self._gpu is not None:  # takes milliseconds, and is not stopped on the way
+            return Decision(*self._gpu.run(images, masks))
         try:
             return Decision(*self._session.run(_COLUMNS, {"image": images} | masks, None if stop is None else stop.options))
         except Exception:
@@ -238,7 +254,7 @@ def cores() -> int:
 
 
 def open_session(graph: bytes, device: DeviceConfig, cuda_graphs: bool = False) -> ort.InferenceSession:
-    """`cuda_graphs`: runs are captured, see service/bound_runs.py; raises where the graph does not allow it."""
+    """`cuda_graphs`: runs are captured, see service/gpu_runs.py; raises where the graph does not allow it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # see Engine
     # The arena keeps the memory of a session's largest run for good, which is of sixteen images for each lane, and no more than
@@ -251,7 +267,17 @@ def open_session(graph: bytes, device: DeviceConfig, cuda_graphs: bool = False) 
         ort.preload_dlls()  # the libraries of the extra `cuda`
         # EXHAUSTIVE, the default, tries every algorithm again for each new batch size
         providers.insert(0, (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": str(int(cuda_graphs))}))
-    return ort.InferenceSession(graph, options, providers=providers)
+    session = ort.InferenceSession(graph, options, providers=providers)
+    session.disable_fallback()  # in the middle of a run it would be another session, on the CPU
+    return session
+
+
+def _open_on_gpu(graph: bytes, device: DeviceConfig, cuda_graphs: bool) -> ort.InferenceSession:
+    """A CUDA session that could not be had is a CPU session without a word: only the session itself knows."""
+    session = open_session(graph, device, cuda_graphs)
+    if (provider := session.get_providers()[0]) != CUDA:
+        raise NotOnGpu(provider)
+    return session
 
 
 def _wants_cuda(device: DeviceConfig) -> bool:
@@ -260,17 +286,6 @@ def _wants_cuda(device: DeviceConfig) -> bool:
     if device.provider == "auto":
         return present and CUDA in ort.get_available_providers()
     return device.provider == "cuda"
-
-
-def _falls_back(provider: str, device: DeviceConfig) -> bool:
-    """A CUDA session that could not be had is a CPU session without a word: only the session itself knows."""
-    if not _wants_cuda(device) or provider == CUDA:
-        return False
-    sentence = f"expected a session on {CUDA} (device.provider is {device.provider}), got one on {provider}"
-    if device.strict:
-        raise ProviderUnavailable(f"{sentence}; device.strict is true")
-    log.warning("%s: this will be slow", sentence)
-    return True
 
 
 def _self_test(engine: Engine, bundle: Bundle, ensemble: Ensemble) -> None:

@@ -19,7 +19,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble
 from models.self_test import check_member
 from service.batcher import Batcher
-from service.config import DeviceConfig, ServiceConfig
+from service.config import ServiceConfig
 from service.engine import Engine, Lanes, ProviderUnavailable
 from service.graph_cache import GraphCache, user_cache
 from service.metrics import EnsembleFacts, EnsembleMetrics, Metrics
@@ -84,6 +84,8 @@ class Ensembles(Mapping[str, LoadedEnsemble]):
             finished = all(list(drained))
         if finished:
             self._lanes.close()
+            for each in self.values():
+                each.engine.close()
         return finished
 
     def close(self) -> None:
@@ -107,16 +109,18 @@ def load_ensembles(config: ServiceConfig, metrics: Metrics, cache: GraphCache | 
     card = read_card(bundle.manifest, bundle.documents)
     lanes = Lanes(config.device.threads)
     loaded: dict[str, LoadedEnsemble] = {}
+    ready: list[tuple[Ensemble, Engine]] = []
     try:
-        ready: list[tuple[Ensemble, Engine]] = []
         for name in config.ensembles:
             ensemble = compose_named(bundle, config, name)
-            ready.append((ensemble, _engine(bundle, ensemble, config.device, cache, lanes)))
+            ready.append((ensemble, _engine(bundle, ensemble, config, cache, lanes)))
         for ensemble, engine in ready:
             loaded[ensemble.name] = _start(ensemble, engine, config, metrics)
     except BaseException:
         for each in loaded.values():
             each.batcher.drain(0.0)
+        for _, engine in ready:
+            engine.close()
         lanes.close()
         raise
     bundle = replace(bundle, onnx_bytes={})
@@ -134,9 +138,9 @@ def read_trusted(config: ServiceConfig) -> Bundle:
     return read_bundle(path, weights=False, told=lambda files: verify(path, files, key))
 
 
-def _engine(bundle: Bundle, ensemble: Ensemble, device: DeviceConfig, cache: GraphCache, lanes: Lanes) -> Engine:
+def _engine(bundle: Bundle, ensemble: Ensemble, config: ServiceConfig, cache: GraphCache, lanes: Lanes) -> Engine:
     try:
-        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, lanes)
+        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, config.device, lanes, config.batching.max_batch_size)
     except (InvalidBundle, ProviderUnavailable):
         raise
     except Exception as error:  # of ONNX, spox or ONNX Runtime: theirs have no common base
@@ -164,7 +168,14 @@ def compose_named(bundle: Bundle, config: ServiceConfig, name: str) -> Ensemble:
 def _start(ensemble: Ensemble, engine: Engine, config: ServiceConfig, metrics: Metrics) -> LoadedEnsemble:
     voters, detectors = [voter.name for voter in ensemble.voters], [detector.name for detector in ensemble.detectors]
     own = metrics.ensemble(ensemble.name, voters, detectors)
-    facts = EnsembleFacts(engine.provider, engine.fallback, ensemble.review_rate, ensemble.reject_rate, config.batching.max_queue)
+    facts = EnsembleFacts(
+        engine.provider,
+        engine.fallback,
+        ensemble.review_rate,
+        ensemble.reject_rate,
+        config.batching.max_queue,
+        engine.cuda_graphs,
+    )
     return LoadedEnsemble(ensemble.name, ensemble, engine, Batcher(engine, config.batching, own, ensemble.name), own, facts)
 
 

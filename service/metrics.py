@@ -49,6 +49,7 @@ class EnsembleFacts:
     review_rate: float
     reject_rate: float
     queue_limit: int
+    cuda_graphs: bool = False  # whether a run is one launch, on a GPU
 
 
 class Metrics:
@@ -115,6 +116,12 @@ class Metrics:
             ("ensemble",),
             registry=self.registry,
         )
+        self._cuda_graphs = Gauge(
+            "phalanx_cuda_graphs",
+            "1 where a run on a GPU is one launch, 0 where graphs are off or were refused, and on the CPU.",
+            ("ensemble",),
+            registry=self.registry,
+        )
         self._limit = Gauge("phalanx_queue_limit_images", "Images that may wait for a run.", ("ensemble",), registry=self.registry)
         self._calibrated = Gauge(
             "phalanx_calibrated_ratio",
@@ -151,7 +158,7 @@ class Metrics:
     def forget(self, name: str) -> None:
         """An ensemble that is served no more: what it was is no more told, what it did stays counted."""
         with contextlib.suppress(KeyError):
-            for gauge in (self._depth, self._fallback, self._limit):
+            for gauge in (self._depth, self._fallback, self._cuda_graphs, self._limit):
                 gauge.remove(name)
             self._provider.remove(name, self._providers[name])
             for level in ("review", "reject"):
@@ -213,6 +220,7 @@ class Metrics:
         self._providers = self._providers | {name: facts.provider}
         self._provider.labels(name, facts.provider).set(1)
         self._fallback.labels(name).set(facts.fallback)
+        self._cuda_graphs.labels(name).set(facts.cuda_graphs)
         self._limit.labels(name).set(facts.queue_limit)
         for level, ratio in (("review", facts.review_rate), ("reject", facts.reject_rate)):
             self._calibrated.labels(name, level).set(ratio)

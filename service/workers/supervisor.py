@@ -1,4 +1,4 @@
-"""Starts the workers, starts another for one that ended, changes what all of them offer, and ends them.
+"""Starts the workers, starts another for one that ended or hangs, changes what all of them offer, and ends them.
 
 It holds the port without listening on it, so that nobody else gets it while no worker has it, and computes nothing itself.
 Connections are divided among the workers by the kernel (SO_REUSEPORT).
@@ -33,6 +33,7 @@ from service.workers.worker import (
     Drain,
     Leave,
     Prepare,
+    Pulse,
     Ready,
     Scrape,
     Start,
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
 SCRAPE_SECONDS = 2.0  # a worker that takes longer is left out of a scrape
+PULSE_SECONDS = 5.0  # between two questions whether a worker is alive
+MOST_MISSED = 6  # of them in a row, then it is killed: some forty seconds
 DRAIN_MARGIN = 5.0  # beyond what the configuration allows for
 STEADY = 10.0  # seconds; the place of a worker that served so long is filled again at once
 LONGEST_PAUSE = 30.0  # between the starts of one that does not
@@ -65,6 +68,7 @@ class Supervisor:
         self._reloader = Reloader(self, read_again)
         self._changing = threading.RLock()  # no worker starts while the others change
         self._ending = False
+        self._next_pulse = 0.0
         self._watcher = threading.Thread(target=self._watch, name="workers", daemon=True)
         self._woken, self._wake = multiprocessing.Pipe(duplex=False)
         with ExitStack() as started:
@@ -192,15 +196,26 @@ class Supervisor:
                 for seat in self._seats:
                     if not seat.alive and seat.due <= time.monotonic():
                         self._start_again(seat)
+                self._feel_pulses()
             except Exception:  # whatever it is, others may have to be started
                 if not self._ending:
                     log.exception("while watching the workers")
                     time.sleep(1.0)
 
-    def _pause(self) -> float | None:
-        """Seconds until somebody is to be started."""
+    def _pause(self) -> float:
+        """Seconds until somebody is to be started, or asked."""
         due = [seat.due for seat in self._seats if not seat.alive]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        return max(0.0, min([*due, self._next_pulse]) - time.monotonic())
+
+    def _feel_pulses(self) -> None:
+        """Kill who says nothing any more: its connections break, and callers come to others."""
+        if time.monotonic() < self._next_pulse:
+            return
+        for seat in self._serving:
+            if not self._ending and seat.missed_pulses() >= MOST_MISSED:
+                log.error("worker %d hangs: it has not answered %d times in a row, and is killed", seat.number, MOST_MISSED)
+                seat.kill()
+        self._next_pulse = time.monotonic() + PULSE_SECONDS
 
     def _lost(self, seat: Seat) -> None:
         code, served = seat.bury()
@@ -257,6 +272,7 @@ class Seat:
         self.number = number
         self.due = 0.0  # when somebody is to be started, if nobody is here
         self._failures = 0
+        self._missed = 0
         self._process: Any = None
         self._serving_since: float | None = None
         self._lock = threading.RLock()  # of who ends it
@@ -300,7 +316,7 @@ class Seat:
         threading.Thread(target=answer, args=(self._wishes, fulfil), name=f"wishes-{self.number}", daemon=True).start()
         said: Ready | Cannot = self.ask(Start(config, expected), START_SECONDS)
         if isinstance(said, Ready):
-            self._serving_since = time.monotonic()
+            self._serving_since, self._missed = time.monotonic(), 0
         else:
             self.end(DRAIN_MARGIN)
         return said
@@ -317,6 +333,15 @@ class Seat:
         with contextlib.suppress(NoAnswer):
             return self._asides.ask(Scrape(), SCRAPE_SECONDS)
         return None
+
+    def missed_pulses(self) -> int:
+        """How often in a row it has not answered, this time included. Counted, as a clock goes on while a machine sleeps."""
+        try:
+            self._asides.ask(Pulse(), SCRAPE_SECONDS)
+            self._missed = 0
+        except NoAnswer:
+            self._missed += 1
+        return self._missed
 
     def kill(self) -> None:
         with self._lock:

@@ -64,11 +64,16 @@ class Scrape:
 
 
 @dataclass(frozen=True)
+class Pulse:
+    """Answered by nothing: that it is answered is the answer."""
+
+
+@dataclass(frozen=True)
 class Drain:
     """Answer what is accepted, and stop. Comes beside the orders, as one of them may take long."""
 
 
-Aside = Scrape | Drain
+Aside = Scrape | Pulse | Drain
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class Worker:
         match aside:
             case Scrape():
                 return list(self._server.metrics.registry.collect()) if self._server is not None else []
+            case Pulse():
+                return None
             case Drain():
                 self._told_to_drain = True
                 self.end()

@@ -82,7 +82,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def load(bundle: Bundle, threads: Lanes, **choice: Any) -> Engine:
     ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
-    return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu"), threads)
+    return Engine(build_graph(bundle, ensemble), bundle, ensemble, DeviceConfig(provider="cpu"), threads, largest_batch=64)
 
 
 @pytest.fixture(scope="module")

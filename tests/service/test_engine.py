@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +19,19 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import DetectorName
 from models.masks import draw_masks
 from service.config import DeviceConfig
-from service.engine import CPU, CUDA, MOST_AT_ONCE, Engine, Lanes, ProviderUnavailable, cores
+from service.engine import CPU, CUDA, MOST_AT_ONCE, Engine, Lanes, ProviderUnavailable, cores, open_session
+from service.graph import build_graph
 from service.graph_cache import GraphCache
 from tests.bundles import MASKS, MASKS_SEED, random_images, write_tiny_bundle
 
 ON_CPU = DeviceConfig(provider="cpu")
 no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is an NVIDIA device")
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    found = Path("/dev/nvidiactl").exists()
+    marked: Callable[..., None] = pytest.mark.gpu(pytest.mark.skipif(not found, reason="there is no NVIDIA device")(test))
+    return marked
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
 
     def load(bundle: Bundle, device: DeviceConfig = ON_CPU, threads: Lanes = single, **choice: Any) -> Engine:
         ensemble = compose(bundle, EnsembleChoice(name="full", **choice))
-        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads)
+        return Engine(cache.fused(bundle, ensemble), bundle, ensemble, device, threads, largest_batch=64)
 
     yield load
     single.close()
@@ -129,19 +138,59 @@ def test_strict_refuses_a_session_on_another_device(load: Load, bundle: Bundle) 
         load(bundle, DeviceConfig(provider="cuda", strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device")
+@no_gpu
+def test_where_cuda_is_not_to_be_had_no_thread_is_kept_for_it(load: Load, bundle: Bundle) -> None:
+    before = set(threading.enumerate())
+    engine = load(bundle, DeviceConfig(provider="cuda"))
+    assert engine.fallback
+    assert not engine.cuda_graphs
+    assert not set(threading.enumerate()) - before
+
+
+def test_a_session_does_not_turn_into_one_on_the_cpu_in_the_middle_of_a_run(bundle: Bundle) -> None:
+    graph = build_graph(bundle, compose(bundle, EnsembleChoice(name="full")))
+    assert open_session(graph, ON_CPU)._enable_fallback is False
+
+
+@on_gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_cuda_answers_as_the_cpu_does(
     load: Load, bundle: Bundle, engine: Engine, cuda_graphs: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    on_gpu = load(bundle, DeviceConfig(provider="cuda", strict=True, cuda_graphs=cuda_graphs))
-    assert "no CUDA graphs" not in caplog.text
-    for n in (1, 7, 64, 100):
-        for seed in range(2):  # the first run captures, the second replays
-            images = random_images(bundle.manifest.input, n, seed=seed)
-            expected = engine.run(images).decision
-            np.testing.assert_allclose(on_gpu.run(images).decision.probabilities, expected.probabilities, atol=1e-4)
+    with closing(load(bundle, DeviceConfig(provider="cuda", strict=True, cuda_graphs=cuda_graphs))) as other:
+        assert "no CUDA graphs" not in caplog.text
+        assert other.cuda_graphs == cuda_graphs
+        for n in (1, 7, 64, 100):
+            for seed in range(2):
+                images = random_images(bundle.manifest.input, n, seed=seed)
+                expected = engine.run(images).decision
+                np.testing.assert_allclose(other.run(images).decision.probabilities, expected.probabilities, atol=1e-4)
+
+
+@on_gpu
+def test_calls_are_answered_while_another_engine_captures(load: Load, bundle: Bundle, engine: Engine) -> None:
+    device = DeviceConfig(provider="cuda", strict=True)
+    images = random_images(bundle.manifest.input, 7, seed=3)
+    expected = engine.run(images).decision.probabilities
+    loaded = threading.Event()
+
+    def call() -> int:
+        calls = 0
+        while not loaded.is_set():
+            np.testing.assert_allclose(serving.run(images).decision.probabilities, expected, atol=1e-4)
+            calls += 1
+        return calls
+
+    with closing(load(bundle, device)) as serving, ThreadPoolExecutor(4) as callers:
+        calls = [callers.submit(call) for _ in range(4)]
+        try:
+            others = [load(bundle, device) for _ in range(3)]
+        finally:
+            loaded.set()
+        assert all(each.result() > 0 for each in calls)
+        for other in others:
+            assert other.cuda_graphs
+            other.close()
 
 
 @pytest.mark.parametrize(

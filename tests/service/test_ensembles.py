@@ -29,6 +29,7 @@ from service.metrics import Metrics
 from tests.bundles import random_images, replace_file, write_tiny_bundle
 
 SECONDS = 20
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA device"))
 FOUR: dict[str, dict[str, Any]] = {
     "full": {},
     "no-edge": {"without": ["edge"]},
@@ -57,8 +58,8 @@ def full(bundle: Bundle) -> Ensemble:
     return compose(bundle, EnsembleChoice(name="full"))
 
 
-def config(path: Path, ensembles: dict[str, dict[str, Any]]) -> ServiceConfig:
-    device = {"provider": "cpu", "threads": 1}
+def config(path: Path, ensembles: dict[str, dict[str, Any]], provider: str = "cpu") -> ServiceConfig:
+    device = {"provider": provider, "strict": True, "threads": 1}
     return ServiceConfig.model_validate({"bundle": path, "ensembles": ensembles, "device": device})
 
 
@@ -83,6 +84,7 @@ def test_every_named_ensemble_answers_in_the_order_of_the_config(path: Path, cac
     value = metrics.registry.get_sample_value
     for name in FOUR:
         assert value("phalanx_provider_info", {"ensemble": name, "provider": "CPUExecutionProvider"}) == 1
+        assert value("phalanx_cuda_graphs", {"ensemble": name}) == 0
         assert value("phalanx_batch_images_sum", {"ensemble": name}) == 3
     manifest = ensembles.bundle.manifest
     assert value("phalanx_bundle_info", {"bundle": "tiny", "version": manifest.version}) == 1
@@ -94,9 +96,10 @@ def test_what_loading_needed_is_let_go(path: Path, cache: GraphCache) -> None:
         assert not ensembles.bundle.weights
 
 
-def test_draining_ends_every_queue_and_every_thread(path: Path, cache: GraphCache) -> None:
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_draining_ends_every_queue_and_every_thread(path: Path, cache: GraphCache, provider: str) -> None:
     before = set(threading.enumerate())
-    ensembles = load_ensembles(config(path, FOUR), Metrics(), cache)
+    ensembles = load_ensembles(config(path, FOUR, provider), Metrics(), cache)
     images = random_images(ensembles.bundle.manifest.input, 3, seed=3)
     futures = [each.batcher.submit(images) for each in ensembles.values() for _ in range(5)]
     assert ensembles.drain(SECONDS)

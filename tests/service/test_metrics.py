@@ -174,7 +174,9 @@ def test_bundle_and_provider_are_told_and_a_new_one_takes_the_place_of_the_old()
     metrics = Metrics()
     for version, provider in (("1", "CUDAExecutionProvider"), ("2", "CPUExecutionProvider")):
         metrics.offer_bundle("tiny", version)
-        full(metrics, EnsembleFacts(provider, provider == "CPUExecutionProvider", 0.05, 0.01, 1024))
+        on_cpu = provider == "CPUExecutionProvider"
+        full(metrics, EnsembleFacts(provider, on_cpu, 0.05, 0.01, 1024, cuda_graphs=not on_cpu))
+        assert sample(metrics, "phalanx_cuda_graphs", ensemble="full") == (not on_cpu)
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="2") == 1
     assert sample(metrics, "phalanx_bundle_info", bundle="tiny", version="1") is None
     assert sample(metrics, "phalanx_provider_info", ensemble="full", provider="CPUExecutionProvider") == 1
@@ -183,7 +185,7 @@ def test_bundle_and_provider_are_told_and_a_new_one_takes_the_place_of_the_old()
     assert sample(metrics, "phalanx_calibrated_ratio", ensemble="full", level="review") == 0.05
     assert sample(metrics, "phalanx_queue_limit_images", ensemble="full") == 1024
     metrics.forget("full")
-    for gone in ("phalanx_provider_fallback", "phalanx_queue_limit_images", "phalanx_queue_images"):
+    for gone in ("phalanx_provider_fallback", "phalanx_cuda_graphs", "phalanx_queue_limit_images", "phalanx_queue_images"):
         assert sample(metrics, gone, ensemble="full") is None
 
 

@@ -26,10 +26,12 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from benchmarks.processes import Process, await_serving, free_port, workers_of
 from models.bundle import read_manifest
 from service.access import token_digest
+from service.config import load_config
 from service.connect import Bearer
 from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
+from service.workers import supervisor
 from service.workers.gathered import GatheredMetrics
 from service.workers.lines import Line, NoAnswer, answer
 from service.workers.supervisor import Seat
@@ -298,6 +300,26 @@ def test_a_port_whose_last_connections_linger_can_be_had(tmp_path: Path) -> None
                 pb_grpc.DefenseEnsembleStub(grpc.intercept_channel(channel, Bearer("ops"))).Classify(request(random_pixels(1)))
                 process.terminate()
                 assert process.wait(SECONDS) == 0
+
+
+def test_a_worker_that_hangs_is_killed_and_another_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "PULSE_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "SCRAPE_SECONDS", 0.5)
+    write(tmp_path / "phalanx.yaml", write_tiny_bundle(tmp_path / "bundle"), {"listen": "127.0.0.1:0"}, metrics="off", callers={})
+    config = load_config(tmp_path / "phalanx.yaml", {})
+    with supervisor.Supervisor(config, lambda: config) as workers:
+        hung, other = (seat._process.pid for seat in workers._seats)
+        for pid in (hung, other):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.0)
+        os.kill(other, signal.SIGCONT)  # a short sleep is forgiven
+        end = time.monotonic() + SECONDS
+        while workers._seats[0]._process is None or workers._seats[0]._process.pid == hung or len(workers._serving) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert workers._seats[1]._process.pid == other
+        with grpc.insecure_channel(str(workers.address)) as channel:
+            assert pb_grpc.DefenseEnsembleStub(channel).Classify(request(random_pixels(2)), timeout=SECONDS).results
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again_for_ever_but_not_at_once() -> None:
