@@ -295,7 +295,7 @@ def test_a_smaller_bound_holds_from_the_start(tmp_path: Path) -> None:
 
 
 def test_what_an_operator_removes_is_room_again(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, 4 * len(CONTENT))
+    folder = Folder(tmp_path, 5 * len(CONTENT))
     for i in range(4):
         folder.keep(name(i), CONTENT)
     stamp = tmp_path.stat().st_mtime_ns
