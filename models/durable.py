@@ -45,12 +45,15 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a file at `path`; what was there stays until the new one is on disk. One writer at a time."""
+def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Put a file at `path`, of this mode less the umask; what was there stays until the new one is on disk.
+
+    One writer at a time.
+    """
     aside = path.with_name(f"{path.name}{PARTIAL}")
     aside.unlink(missing_ok=True)  # what a killed writer left
     try:
-        _write_synced(aside, data)
+        _write_synced(aside, data, mode)
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)  # a full disk should not stay full of it
@@ -125,8 +128,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)  # which unlocks
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
+def _write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

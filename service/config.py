@@ -122,6 +122,12 @@ def _folder(value: object) -> object:
     return value
 
 
+def _quarantine_folder(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"expected the path of a folder for nothing but the quarantine, got {value!r}")
+    return value
+
+
 def _disclosure(value: object) -> object:
     if isinstance(value, str):
         try:
@@ -244,7 +250,7 @@ class SignatureConfig(_Section):
 class QuarantineConfig(_Section):
     """Unusual images are kept with their evidence; `phalanx quarantine` shows them."""
 
-    folder: Path  # of nobody else's: what is in it are callers' images
+    folder: Annotated[Path, BeforeValidator(_quarantine_folder)]  # of nobody else's: what is in it are callers' images
     max_bytes: int = Field(2**30, ge=2**20, le=2**50)  # of all files together; the oldest make room
     verdicts: tuple[Literal["suspect", "rejected"], ...] = Field(("suspect", "rejected"), min_length=1)
 

@@ -115,8 +115,8 @@ def _relative_to(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     for section in ("tls", "signature"):
         if isinstance(files := values.get(section), dict):
             anchored[section] = {key: folder / value if isinstance(value, str) else value for key, value in files.items()}
-    if isinstance(kept := values.get("quarantine"), dict) and isinstance(kept.get("folder"), str):
-        anchored["quarantine"] = {**kept, "folder": folder / kept["folder"]}
+    if isinstance(kept := values.get("quarantine"), dict) and isinstance(place := kept.get("folder"), str) and place.strip():
+        anchored["quarantine"] = {**kept, "folder": folder / place}
     return anchored
 
 

@@ -298,7 +298,11 @@ class QuarantineMetrics:
         self._dropped = Counter(
             "phalanx_quarantine_dropped_images", "Images that were not kept, by why.", ("reason",), registry=registry
         )
-        self._bytes = Gauge("phalanx_quarantine_bytes", "What lies in quarantine.", registry=registry)
+        self._bytes = Gauge(
+            "phalanx_quarantine_bytes",
+            "What lies in quarantine, whoever put it there: each worker says the same.",
+            registry=registry,
+        )
         for verdict in (Verdict.SUSPECT, Verdict.REJECTED):
             self._kept.labels(verdict.name.lower())
         for reason in ("queue_full", "disk"):
@@ -310,8 +314,8 @@ class QuarantineMetrics:
     def evicted(self, images: int) -> None:
         self._evicted.inc(images)
 
-    def dropped(self, reason: str) -> None:
-        self._dropped.labels(reason).inc()
+    def dropped(self, reason: str, images: int) -> None:
+        self._dropped.labels(reason).inc(images)
 
     def holds(self, size: int) -> None:
         self._bytes.set(size)

@@ -28,7 +28,7 @@ from service.pb.inference import open_inference_pb2_grpc
 from service.pb.inference.open_inference_pb2 import ModelInferRequest
 from service.pb.phalanx.v1 import admin_pb2_grpc, defense_ensemble_pb2_grpc
 from service.pb.phalanx.v1.defense_ensemble_pb2 import ClassifyRequest
-from service.quarantine.keeper import Keeper, open_keeper
+from service.quarantine.keeper import Keeper
 from service.reload import CatalogueOffer, Changes, Offered, Reloaded, Reloader
 from service.servicers.admin import AdminServicer
 from service.servicers.catalogue import Catalogue
@@ -172,7 +172,7 @@ class Server:
         wanted = self._config.quarantine
         if wanted is None:
             return None
-        keeper = open_keeper(wanted, self._config.workers, self.metrics.quarantine())
+        keeper = Keeper(wanted, self.metrics.quarantine())
         started.callback(keeper.close, 1.0)  # which finds it closed after a drain
         return keeper
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from service import classify
@@ -35,6 +34,8 @@ examples:
   phalanx quarantine show --json NAME | jq .classification.votes
 
 exit status: 0 if all was readable, 1 if not."""
+
+LINE = "{:46}  {:8}  {:>7}  {:24}  {:16}  {}\n"  # not a table, whose widths are known when the last entry is read
 
 
 class CannotShow(RuntimeError):
@@ -95,27 +96,29 @@ def _chosen(args: argparse.Namespace) -> Path:
 
 
 def _print(paths: Sequence[Path], as_json: bool, *, whole: bool) -> int:
-    """1 if one cannot be read; one that is evicted meanwhile is left out."""
-    read, broken = [], 0
-    for path in paths:
-        try:
-            read.append((path, read_entry(path)))
-        except FileNotFoundError:
-            continue
-        except (BrokenEntry, OSError) as error:
-            sys.stderr.write(f"phalanx quarantine: {error}\n")
-            broken = 1
+    """Each as soon as it is read. 1 if one cannot be read; one that is evicted meanwhile is left out."""
+    broken = 0
     with printing() as console:
-        if as_json:
-            sys.stdout.writelines(json.dumps(_fields(path, entry), ensure_ascii=False) + "\n" for path, entry in read)
-        else:
-            shown: list[RenderableType] = [_whole(*each) for each in read] if whole else [_table(read)]
-            console.print(*shown)
+        if not as_json and not whole:
+            sys.stdout.write(LINE.format("entry", "verdict", "p-value", "class", "ensemble", "caller"))
+        for path in paths:
+            try:
+                entry = read_entry(path)
+            except FileNotFoundError:
+                continue
+            except BrokenEntry as error:
+                sys.stderr.write(f"phalanx quarantine: {error}\n")
+                broken = 1
+                continue
+            if whole and not as_json:
+                console.print(_whole(path, entry))
+            else:
+                sys.stdout.write(_json(path, entry) if as_json else _line(path, entry))
     return broken
 
 
-def _fields(path: Path, entry: Entry) -> dict[str, object]:
-    return {
+def _json(path: Path, entry: Entry) -> str:
+    fields = {
         "file": str(path),
         "time": entry.time.isoformat(),
         "caller": entry.caller,
@@ -124,18 +127,12 @@ def _fields(path: Path, entry: Entry) -> dict[str, object]:
         "bundle_version": entry.bundle_version,
         "classification": MessageToDict(entry.seen, preserving_proto_field_name=True),
     }
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def _table(read: Sequence[tuple[Path, Entry]]) -> Table:
-    table = Table()
-    for heading in ("entry", "class", "verdict", "p-value", "ensemble", "caller"):
-        table.add_column(heading, overflow="fold")
-    for path, entry in read:
-        p_value = f"{entry.seen.p_value:.4f}" if entry.seen.HasField("p_value") else "–"
-        style = classify.VERDICT_STYLES.get(entry.verdict.upper(), "")
-        cells = (path.name, entry.seen.class_name, Text(entry.verdict, style), p_value, entry.ensemble, entry.caller)
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-    return table
+def _line(path: Path, entry: Entry) -> str:
+    p_value = f"{entry.seen.p_value:.4f}" if entry.seen.HasField("p_value") else "–"
+    return LINE.format(path.name, entry.verdict, p_value, entry.seen.class_name, entry.ensemble, entry.caller)
 
 
 def _whole(path: Path, entry: Entry) -> Group:

@@ -6,6 +6,7 @@ So one rename puts both in place, any viewer shows the image, and no image is ev
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +23,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
 CHUNK, VERSION = "phalanx", 1
-SUFFIX = ".png"
 TIME = "%Y%m%dT%H%M%S.%fZ"
+NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[a-z]+-[0-9a-f]{8}\.png")
 
 
 class BrokenEntry(ValueError):
@@ -32,15 +33,14 @@ class BrokenEntry(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """pixels: (height, width, channels) uint8, RGB or grey."""
+    """The evidence; the pixels are for whoever writes it, or opens the file."""
 
     time: datetime  # UTC
     caller: str
     request_id: str
     ensemble: str
     bundle_version: str
-    seen: pb.Classification  # the whole evidence, whatever the caller was told
-    pixels: NDArray[np.uint8]
+    seen: pb.Classification  # all of it, whatever the caller was told
 
     @property
     def verdict(self) -> str:
@@ -49,9 +49,10 @@ class Entry:
 
     def file_name(self) -> str:
         """Sorts by time; no two are alike."""
-        return f"{self.time.strftime(TIME)}-{self.verdict}-{secrets.token_hex(4)}{SUFFIX}"
+        return f"{self.time.strftime(TIME)}-{self.verdict}-{secrets.token_hex(4)}.png"
 
-    def encode(self) -> bytes:
+    def encode(self, pixels: NDArray[np.uint8]) -> bytes:
+        """pixels: (height, width, channels), RGB or grey."""
         evidence = {
             "version": VERSION,
             "time": self.time.isoformat(),
@@ -63,17 +64,15 @@ class Entry:
         }
         chunks, file = PngInfo(), BytesIO()
         chunks.add_itxt(CHUNK, json.dumps(evidence, ensure_ascii=False))
-        Image.fromarray(self.pixels.squeeze(-1) if self.pixels.shape[-1] == 1 else self.pixels).save(file, "PNG", pnginfo=chunks)
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", pnginfo=chunks)
         return file.getvalue()
 
 
 def read_entry(path: Path) -> Entry:
-    """Raises BrokenEntry, or OSError where it cannot be read."""
-    content = path.read_bytes()
+    """Of a file only what precedes the pixels is read. Raises BrokenEntry, or FileNotFoundError."""
     try:
-        with PngImageFile(BytesIO(content)) as file:
-            evidence: dict[str, Any] = json.loads(file.text[CHUNK])
-            pixels = np.asarray(file)
+        with PngImageFile(path) as file:
+            evidence: dict[str, Any] = json.loads(file.info[CHUNK])
         if evidence["version"] != VERSION:
             raise BrokenEntry(f"{path}: expected evidence of version {VERSION}, got {evidence['version']}")
         return Entry(
@@ -83,12 +82,16 @@ def read_entry(path: Path) -> Entry:
             ensemble=evidence["ensemble"],
             bundle_version=evidence["bundle_version"],
             seen=ParseDict(evidence["classification"], pb.Classification()),
-            pixels=pixels if pixels.ndim == 3 else pixels[..., np.newaxis],
         )
-    except BrokenEntry:
+    except (BrokenEntry, FileNotFoundError):
         raise
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, ParseError) as error:
         raise BrokenEntry(f"{path}: expected an image with its evidence, got {type(error).__name__}: {error}") from error
+
+
+def is_name(name: str) -> bool:
+    """Whether a file of this name is an entry: others are nobody's to list, or to evict."""
+    return NAME.fullmatch(name) is not None
 
 
 def now() -> datetime:

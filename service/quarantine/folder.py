@@ -1,104 +1,143 @@
 """Where images in quarantine lie: bounded, the oldest evicted first, every file whole or not there.
 
-Each process has a part of the folder to itself, `part-0`, `part-1` and so on, and an equal share of its bytes: nobody evicts what
-another has just written, and nobody has to count what others write. Whoever starts takes the first part that is free, with
-what is in it.
+Threads and processes share the folder. Who writes holds the lock of the file `.lock`, which also says how much lies there, and
+the folder's time of change then: as long as that is still its time, nobody else was here, and nothing has to be counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from models.durable import PARTIAL, replace_file
-from service.quarantine.entry import SUFFIX, Entry
+from service.quarantine.entry import is_name
 
 if sys.platform != "win32":
     import fcntl
 
-PART = re.compile(r"part-(\d+)")
+LOCK = ".lock"
+FREED = 16  # whoever makes room frees this part of the bound, so that files are seldom counted
 
 
-class Part:
-    """One process's part of the folder. Not thread-safe."""
+@dataclass(frozen=True)
+class Held:
+    bytes: int
+    evicted: int = 0
 
-    def __init__(self, folder: Path, parts: int, most_bytes: int) -> None:
-        """`most_bytes` of all parts together; raises OSError where the folder cannot be had."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path, self._lock = _free_part(folder)
-        self._most = most_bytes // parts
-        for leftover in self._path.glob(f"*{PARTIAL}"):  # of a writer that was killed
-            leftover.unlink(missing_ok=True)
-        if self._path.name == "part-0":
-            _adopt(folder, self._path, parts)
-        found = sorted((path.name, path.stat().st_size) for path in entries_of(self._path))
-        self._files = deque(found)
-        self.bytes = sum(size for _, size in found)
 
-    def keep(self, entry: Entry) -> int:
-        """Write an entry; how many old ones made room for it. Raises OSError, and what was there stays: nothing is evicted for
-        an entry that cannot be written.
-        """
-        name, content = entry.file_name(), entry.encode()
-        replace_file(self._path / name, content)
-        self._files.append((name, len(content)))
-        self.bytes += len(content)
-        evicted = 0
-        while self.bytes > self._most and len(self._files) > 1:
-            oldest, size = self._files.popleft()
-            (self._path / oldest).unlink(missing_ok=True)  # an operator may have been here
-            self.bytes -= size
-            evicted += 1
-        return evicted
+@dataclass(frozen=True)
+class Folder:
+    """Safe to share, and to have several times. Whatever is done raises OSError where the disk refuses it."""
 
-    def close(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)  # which unlocks
+    path: Path
+    most_bytes: int
+
+    def make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def tidy(self) -> Held:
+        """As after each write: within the bound, and nothing there of a writer that was killed."""
+        with self._locked() as lock:
+            return self._make_room(lock)
+
+    def keep(self, name: str, content: bytes) -> Held:
+        """Nothing is evicted for what cannot be written."""
+        with self._locked() as lock:
+            noted, stamp = _read(lock)
+            untouched = stamp == self._stamp()
+            _note(lock, noted, 0)  # a kill from here on makes the next one count
+            replace_file(self.path / name, content, mode=0o600)
+            held = noted + len(content)
+            if not untouched or held > self.most_bytes:
+                return self._make_room(lock)
+            _note(lock, held, self._stamp())
+            return Held(held)
+
+    def noted(self) -> int:
+        """How much lay there after the last write, without waiting for a lock."""
+        try:
+            with (self.path / LOCK).open("rb", buffering=0) as lock:
+                return _read(lock)[0]
+        except FileNotFoundError:
+            return 0
+
+    def _make_room(self, lock: FileIO) -> Held:
+        """Count what is there; of more than the bound evict the oldest, but never the last one."""
+        found = self._count()
+        held, evicted = sum(size for _, size in found), 0
+        enough = self.most_bytes - self.most_bytes // FREED if held > self.most_bytes else held
+        for name, size in found[:-1]:
+            if held <= enough:
+                break
+            with contextlib.suppress(OSError):  # one that cannot be removed lets others stay no longer
+                (self.path / name).unlink(missing_ok=True)
+                held -= size
+                evicted += 1
+        _note(lock, held, self._stamp())
+        return Held(held, evicted)
+
+    def _count(self) -> list[tuple[str, int]]:
+        """All entries with their sizes, the oldest first. Under the lock nobody writes: what is partial is left of a kill."""
+        found = []
+        with os.scandir(self.path) as files:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # an operator may be here
+                    if is_name(file.name):
+                        found.append((file.name, file.stat().st_size))
+                    elif is_name(file.name.removesuffix(PARTIAL)):
+                        (self.path / file.name).unlink()
+        return sorted(found)
+
+    @contextmanager
+    def _locked(self) -> Iterator[FileIO]:
+        while True:
+            self.make()
+            with open(self.path / LOCK, "r+b", buffering=0, opener=_created) as lock:  # closing unlocks
+                if sys.platform != "win32":  # there a server is one process, and one thread of it writes
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._has(lock):
+                    yield lock
+                    return
+
+    def _has(self, lock: FileIO) -> bool:
+        """False where the folder was removed while somebody waited: another one may have its place, and a lock of its own."""
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), (self.path / LOCK).stat())
+        except FileNotFoundError:
+            return False
+
+    def _stamp(self) -> int:
+        return self.path.stat().st_mtime_ns
 
 
 def entries(folder: Path) -> list[Path]:
-    """All files that may be entries, the oldest first; none where there is no folder."""
-    if not folder.is_dir():
+    """The oldest first; none where there is no folder."""
+    try:
+        return sorted((path for path in folder.iterdir() if is_name(path.name)), key=lambda path: path.name)
+    except FileNotFoundError:
         return []
-    parts = [path for path in folder.iterdir() if PART.fullmatch(path.name) and path.is_dir()]
-    return sorted((path for part in parts for path in entries_of(part)), key=lambda path: path.name)
 
 
-def entries_of(part: Path) -> Iterator[Path]:
-    return (path for path in part.iterdir() if path.suffix == SUFFIX and not path.name.startswith("."))
+def _created(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_CREAT, 0o600)
 
 
-def _free_part(folder: Path) -> tuple[Path, int | None]:
-    """The first that nobody has, locked as long as its descriptor is open; on Windows a server is one process and needs no lock."""
-    number = 0
-    while True:
-        path = folder / f"part-{number}"
-        path.mkdir(exist_ok=True, mode=0o700)
-        if sys.platform == "win32":
-            return path, None
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            number += 1
-        except OSError:
-            os.close(descriptor)
-            raise
-        else:
-            return path, descriptor
+def _read(lock: FileIO) -> tuple[int, int]:
+    """Bytes, and the folder's stamp with which they hold; 0 with none."""
+    try:
+        held, stamp = lock.read(64).split()
+        return int(held), int(stamp)
+    except ValueError:  # new
+        return 0, 0
 
 
-def _adopt(folder: Path, own: Path, parts: int) -> None:
-    """Take over what lies in parts that nobody will have: there were more processes once."""
-    for other in folder.iterdir():
-        number = PART.fullmatch(other.name)
-        if number and int(number[1]) >= parts:
-            for path in entries_of(other):
-                with contextlib.suppress(FileNotFoundError):
-                    path.rename(own / path.name)
+def _note(lock: FileIO, held: int, stamp: int) -> None:
+    """Always as long, so that a full disk has place for it."""
+    lock.seek(0)
+    lock.write(b"%20d %20d\n" % (held, stamp))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import multiprocessing
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,18 +23,21 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from models.durable import PARTIAL
+from service.batch import sliced
 from service.cli import main
-from service.config import QuarantineConfig, load_config
+from service.codec import AnswerNames
+from service.config import InvalidConfig, QuarantineConfig, load_config
 from service.graph_cache import GraphCache
 from service.metrics import Metrics
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
+from service.quarantine import keeper as keeping
 from service.quarantine.entry import Entry, read_entry
-from service.quarantine.folder import Part, entries
-from service.quarantine.keeper import MOST_WAITING, CannotKeep, Keeper, open_keeper
-from service.servicers.catalogue import Catalogue
+from service.quarantine.folder import LOCK, Folder, entries
+from service.quarantine.keeper import MOST_WAITING, CannotKeep, Keeper
 from service.witnesses import Answered
 from tests.service.serving import Running, random_pixels, raw, request, serving
 
@@ -43,6 +54,15 @@ def infer(running: Running, pixels: NDArray[np.uint8]) -> None:
     tensor = open_inference_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=pixels.shape)
     message = open_inference_pb2.ModelInferRequest(model_name="full", inputs=[tensor], raw_input_contents=[pixels.tobytes()])
     running.open_inference.ModelInfer(message)
+
+
+def pixels_of(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 def stream(running: Running, pixels: NDArray[np.uint8]) -> None:
@@ -66,7 +86,7 @@ def test_what_is_kept_is_what_was_classified_whatever_its_caller_is_told(
     quarantine = {"folder": tmp_path / "kept"}
     with serving(tiny_bundle, graphs, **sections, limits={"disclosure": "label"}, quarantine=quarantine) as running:
         ask(running, pixels)
-    kept = {entry.pixels.tobytes(): entry for entry in map(read_entry, entries(tmp_path / "kept"))}
+    kept = {pixels_of(path).tobytes(): read_entry(path) for path in entries(tmp_path / "kept")}
     assert kept.keys() == unusual.keys()
     for content, entry in kept.items():
         assert entry.seen.class_name == unusual[content].class_name
@@ -74,7 +94,8 @@ def test_what_is_kept_is_what_was_classified_whatever_its_caller_is_told(
         assert np.allclose([d.p_value for d in entry.seen.detections], [d.p_value for d in unusual[content].detections])
         assert np.allclose(entry.seen.votes[0].probabilities, unusual[content].votes[0].probabilities, atol=1e-5)
         assert (entry.caller, entry.ensemble, entry.bundle_version) == ("anonymous", "full", answer.bundle_version)
-    assert ((tmp_path / "kept").stat().st_mode & 0o777) == 0o700
+    assert mode(tmp_path / "kept") == 0o700
+    assert {mode(path) for path in (tmp_path / "kept").iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize(
@@ -94,20 +115,20 @@ def test_nothing_else_is_kept(
     assert {read_entry(path).verdict for path in entries(tmp_path)} == expected
 
 
-def test_a_folder_that_is_gone_costs_no_answer_and_is_told_once(
+def test_a_disk_that_refuses_costs_neither_the_start_nor_an_answer_and_is_told_once(
     tiny_bundle: Path, graphs: GraphCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "kept"
+    disk, folder = tmp_path / "disk", tmp_path / "mounted" / "kept"
+    folder.parent.symlink_to(disk)  # which is not there yet
     sections = {"ensembles": {"full": {}}, "decision": UNUSUAL, "quarantine": {"folder": folder}}
     with caplog.at_level(logging.INFO, "service.quarantine.keeper"), serving(tiny_bundle, graphs, **sections) as running:
         keeper = running.server.catalogue.default.witnesses[0]
         assert isinstance(keeper, Keeper)
-        shutil.move(folder, tmp_path / "elsewhere")
         for seed in range(3):
             assert len(running.native.Classify(request(random_pixels(IMAGES, seed))).results) == IMAGES
         keeper.flush()
         dropped = running.scrape()['phalanx_quarantine_dropped_images_total{reason="disk"}']
-        shutil.move(tmp_path / "elsewhere", folder)
+        disk.mkdir()
         running.native.Classify(request(random_pixels(IMAGES, 3)))
         keeper.flush()
         kept = sum(value for series, value in running.scrape().items() if series.startswith("phalanx_quarantine_kept_images_total"))
@@ -117,97 +138,230 @@ def test_a_folder_that_is_gone_costs_no_answer_and_is_told_once(
     assert [message.split(":")[1].split(" ")[1] for message in told] == ["cannot", str(folder)]
 
 
-def answered(catalogue: Catalogue, pixels: NDArray[np.uint8]) -> Answered:
-    served = catalogue.default
-    result = served.loaded.batcher.submit(pixels).result()
-    return Answered(served.name, served.bundle_version, served.names, pixels, result, "somebody", "a-request")
+# The keeper
 
 
-def test_more_than_can_be_written_is_dropped_and_counted(tiny_bundle: Path, graphs: GraphCache, tmp_path: Path) -> None:
-    metrics = Metrics()
-    keeper = open_keeper(QuarantineConfig(folder=tmp_path), 1, metrics.quarantine())
-    with serving(tiny_bundle, graphs, ensembles={"full": {}}, decision=UNUSUAL) as running:
-        seen = answered(running.server.catalogue, random_pixels(8 * MOST_WAITING))
-    keeper.saw(seen)
-    keeper.close(60.0)
-    counts = {
-        sample.name + str(sample.labels.get("reason", "")): sample.value
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+def sampled(metrics: Metrics) -> dict[str, float]:
+    """By what follows `phalanx_quarantine_`, and the reason where there is one."""
+    return {
+        " ".join([sample.name.removeprefix("phalanx_quarantine_"), *filter(None, [sample.labels.get("reason")])]): sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
-        if sample.name.startswith("phalanx_quarantine_dropped")
     }
-    dropped = counts["phalanx_quarantine_dropped_images_totalqueue_full"]
-    assert dropped > 0
-    assert dropped + len(entries(tmp_path)) == int((seen.result.decision.verdict > 0).sum())
+
+
+def lie_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in entries(folder))
+
+
+@pytest.fixture(scope="module")
+def unusual(tiny_bundle: Path, graphs: GraphCache) -> Answered:
+    """More suspect and rejected images than may wait."""
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, decision=UNUSUAL) as running:
+        served, pixels = running.server.catalogue.default, random_pixels(8 * MOST_WAITING)
+        result = served.loaded.batcher.submit(pixels).result()
+        return Answered(served.name, served.bundle_version, served.names, pixels, result, "somebody", "a-request")
+
+
+def first(answered: Answered, images: int) -> Answered:
+    return replace(answered, result=replace(answered.result, decision=sliced(answered.result.decision, 0, images)))
+
+
+class Untouchable(np.ndarray[Any, np.dtype[np.uint8]]):
+    def __getitem__(self, rows: Any) -> Any:
+        raise AssertionError(f"rows {rows} of what cannot be kept were touched")
+
+
+def test_of_a_flood_what_has_no_room_is_counted_and_never_copied(unusual: Answered, metrics: Metrics, tmp_path: Path) -> None:
+    many = int((unusual.result.decision.verdict > 0).sum())
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the disk takes forever
+        keeper = Keeper(QuarantineConfig(folder=tmp_path), metrics.quarantine())
+        keeper.saw(unusual)
+        keeper.saw(replace(unusual, images=unusual.images.view(Untouchable)))
+    keeper.close(60.0)
+    assert len(entries(tmp_path)) == MOST_WAITING
+    assert sampled(metrics)["dropped_images_total queue_full"] == 2 * many - MOST_WAITING
+
+
+def test_a_fault_of_ours_is_told_in_full_once_and_then_seldom(
+    unusual: Answered, metrics: Metrics, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nameless = replace(unusual, names=AnswerNames((), (), ()))
+    keeper = Keeper(QuarantineConfig(folder=tmp_path), metrics.quarantine())
+    keeper.saw(nameless)
+    keeper.flush()
+    assert [bool(record.exc_info) for record in caplog.records] == [True]
+    assert sampled(metrics)["dropped_images_total internal"] == MOST_WAITING
+    monkeypatch.setattr(keeping, "QUIET_SECONDS", 0.0)  # the minute is over
+    keeper.saw(first(nameless, IMAGES))
+    keeper.close(60.0)
+    says = f"quarantine: {MOST_WAITING} more that could not be written, at last for IndexError('tuple index out of range')"
+    assert caplog.records[1].message == says
+
+
+@pytest.mark.parametrize("path", ["file", "file/kept"])
+def test_a_file_where_the_folder_should_be_ends_the_start(tmp_path: Path, metrics: Metrics, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CannotKeep, match=r"quarantine\.folder: expected a folder, .*got .*file is a file"):
+        Keeper(QuarantineConfig(folder=tmp_path / path), metrics.quarantine())
+
+
+def test_the_gauge_is_right_after_a_write_whoever_removed_the_folder(unusual: Answered, metrics: Metrics, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    keeper = Keeper(QuarantineConfig(folder=folder), metrics.quarantine())
+    keeper.saw(unusual)
+    keeper.flush()
+    assert sampled(metrics)["bytes"] == lie_in(folder) > 0
+    shutil.rmtree(folder)
+    keeper.saw(first(unusual, IMAGES))
+    keeper.close(60.0)
+    assert sampled(metrics)["bytes"] == lie_in(folder)
+    assert 0 < len(entries(folder)) <= IMAGES
+
+
+def test_the_gauge_follows_what_others_write(metrics: Metrics, tmp_path: Path) -> None:
+    keeper = Keeper(QuarantineConfig(folder=tmp_path), metrics.quarantine(), look_seconds=0.001)
+    held = Folder(tmp_path, 2**20).keep(name(0), CONTENT).bytes
+    end = time.monotonic() + 60
+    while sampled(metrics)["bytes"] != held and time.monotonic() < end:
+        keeper.flush()
+    keeper.close(60.0)
+    assert sampled(metrics)["bytes"] == held == len(CONTENT)
 
 
 # The folder
 
 
-def entry(seconds: int, side: int = 64) -> Entry:
-    pixels = np.random.default_rng(seconds).integers(0, 256, (side, side, 1), np.uint8)
+CONTENT = bytes(1000)
+
+
+def name(number: int) -> str:
+    return f"20260101T000000.{number:06}Z-suspect-{number:08x}.png"
+
+
+def numbers(folder: Path) -> list[int]:
+    return [int(path.name.split(".")[1].split("Z")[0]) for path in entries(folder)]
+
+
+def entry(seconds: int) -> Entry:
     seen = pb.Classification(class_name="River", verdict=pb.VERDICT_SUSPECT, p_value=float("nan"), masks_seed=2**62 + 1)
-    return Entry(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds), "c", "r", "full", "1", seen, pixels)
+    return Entry(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds), "c", "r", "full", "1", seen)
+
+
+def some_pixels() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8)
 
 
 def test_an_entry_is_read_as_it_was_written(tmp_path: Path) -> None:
     wrote = entry(1)
-    (tmp_path / "x.png").write_bytes(wrote.encode())
+    (tmp_path / "x.png").write_bytes(wrote.encode(some_pixels()))
     read = read_entry(tmp_path / "x.png")
-    assert np.array_equal(read.pixels, wrote.pixels)
+    assert np.array_equal(pixels_of(tmp_path / "x.png"), some_pixels()[..., 0])
     assert np.isnan(read.seen.p_value)
     assert (read.time, read.seen.masks_seed, read.verdict) == (wrote.time, 2**62 + 1, "suspect")
 
 
-def test_the_oldest_make_room(tmp_path: Path) -> None:
-    size = len(entry(0).encode())
-    part = Part(tmp_path, 1, 10 * size)
-    for i in range(25):
-        part.keep(entry(i))
-    times = [read_entry(path).time.second for path in entries(tmp_path)]
-    assert times == list(range(25 - len(times), 25))
-    assert 8 <= len(times) <= 10
-    assert part.bytes == sum(path.stat().st_size for path in entries(tmp_path)) <= 10 * size
+def test_the_oldest_make_room_whoever_wrote_them(tmp_path: Path) -> None:
+    writers = [Folder(tmp_path, 32 * len(CONTENT)) for _ in range(3)]
+    evicted = 0
+    for i in range(100):
+        held = writers[0 if i < 40 else i % 3].keep(name(i), CONTENT)  # one alone may fill it
+        evicted += held.evicted
+        assert held.bytes == lie_in(tmp_path) == writers[0].noted() <= 32 * len(CONTENT)
+        assert numbers(tmp_path) == list(range(evicted, i + 1))
+    assert 30 <= 100 - evicted <= 32  # a sixteenth is freed at once
 
 
-def test_who_starts_again_goes_on_with_what_is_there(tmp_path: Path) -> None:
-    size = len(entry(0).encode())
-    first = Part(tmp_path, 1, 10 * size)
+def test_others_files_are_no_entries_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "holiday.png").write_bytes(bytes(10 * len(CONTENT)))
+    folder = Folder(tmp_path, 4 * len(CONTENT))
+    for i in range(8):
+        folder.keep(name(i), CONTENT)
+    assert (tmp_path / "holiday.png").exists()
+    assert numbers(tmp_path) == [4, 5, 6, 7] or numbers(tmp_path) == [5, 6, 7]
+
+
+def test_a_smaller_bound_holds_from_the_start(tmp_path: Path) -> None:
     for i in range(5):
-        first.keep(entry(i))
-    first.close()
-    again = Part(tmp_path, 1, 3 * size + size // 2)
-    again.keep(entry(5))
-    assert [read_entry(path).time.second for path in entries(tmp_path)] == [3, 4, 5]
+        Folder(tmp_path, 10 * len(CONTENT)).keep(name(i), CONTENT)
+    assert Folder(tmp_path, 3 * len(CONTENT)).tidy().evicted == 3
+    assert numbers(tmp_path) == [3, 4]
 
 
-def test_processes_have_parts_of_their_own_and_adopt_what_nobody_has(tmp_path: Path) -> None:
-    size = len(entry(0).encode())
-    two = [Part(tmp_path, 2, 8 * size) for _ in range(2)]
-    for i in range(12):
-        two[i % 2].keep(entry(i))
-    assert len(list(tmp_path.glob("part-*"))) == 2
-    assert all(part.bytes <= 4 * size for part in two)
-    for part in two:
-        part.close()
-    Part(tmp_path, 1, 8 * size)
-    assert len(list((tmp_path / "part-0").glob("*.png"))) == len(entries(tmp_path)) > 4
+def test_what_an_operator_removes_is_room_again(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 5 * len(CONTENT))
+    for i in range(4):
+        folder.keep(name(i), CONTENT)
+    stamp = tmp_path.stat().st_mtime_ns
+    entries(tmp_path)[2].unlink()
+    while tmp_path.stat().st_mtime_ns == stamp:  # the kernel's clock has ticks
+        (tmp_path / "x").touch()
+        (tmp_path / "x").unlink()
+    assert folder.keep(name(4), CONTENT).bytes == 4 * len(CONTENT)
+    assert numbers(tmp_path) == [0, 1, 3, 4]
 
 
-def test_what_a_killed_writer_left_is_no_entry_and_does_not_stay(tmp_path: Path) -> None:
-    Part(tmp_path, 1, 2**20).close()
-    leftover = tmp_path / "part-0" / f"20260101T000000.000000Z-suspect-0.png{PARTIAL}"
-    leftover.write_bytes(entry(0).encode()[:100])
-    assert entries(tmp_path) == []
-    Part(tmp_path, 1, 2**20)
-    assert not leftover.exists()
+def write_many(path: Path, bound: int, first: int, step: int) -> None:
+    for i in range(first, 200, step):
+        Folder(path, bound).keep(name(i), CONTENT)
+
+
+def test_threads_and_processes_keep_one_bound(tmp_path: Path) -> None:
+    bound = 20 * len(CONTENT)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=write_many, args=(tmp_path, bound, first, 4)) for first in (2, 3)]
+    for process in processes:
+        process.start()
+    with ThreadPoolExecutor(2) as threads:
+        for each in [threads.submit(write_many, tmp_path, bound, first, 4) for first in (0, 1)]:
+            each.result()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert Folder(tmp_path, bound).noted() == lie_in(tmp_path)
+    assert 18 <= len(entries(tmp_path)) <= 20
+
+
+def test_a_writer_killed_anywhere_leaves_the_folder_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.service.killed_keeper", str(tmp_path / "kept")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) > 50  # places
+
+
+def test_who_waited_for_a_folder_that_was_removed_writes_into_the_new_one(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "kept", 2**20)
+    folder.make()
+    with (folder.path / LOCK).open("w") as lock, ThreadPoolExecutor(1) as thread:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = thread.submit(folder.keep, name(0), CONTENT)
+        waits_for(folder.path / LOCK)
+        shutil.rmtree(folder.path)
+        assert folder.keep(name(1), CONTENT).bytes == len(CONTENT)  # that lock is nobody's any more
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result().bytes == folder.noted() == lie_in(folder.path) == 2 * len(CONTENT)
+
+
+def waits_for(file: Path) -> None:
+    """Return when somebody is blocked at this file's lock, as Linux lists it."""
+    end, inode = time.monotonic() + 60, f":{file.stat().st_ino} "
+    while time.monotonic() < end:
+        if any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()):
+            return
+    pytest.fail("nobody waits")
 
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file can grow."""
+    """No file can grow by much."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(CONTENT) // 2, limits[1]))
     try:
         yield
     finally:
@@ -215,28 +369,21 @@ def full_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_takes_nothing_of_what_was_kept(tmp_path: Path) -> None:
-    size = len(entry(0).encode())
-    part = Part(tmp_path, 1, 2 * size + size // 2)
+    folder = Folder(tmp_path, 2 * len(CONTENT) + 500)
     for i in range(2):
-        part.keep(entry(i))
+        folder.keep(name(i), CONTENT)
     refused: list[OSError] = []
     with full_disk():
         for i in range(2, 5):
             try:
-                part.keep(entry(i))
+                folder.keep(name(i), CONTENT)
             except OSError as error:
                 refused.append(error)
     assert len(refused) == 3
-    assert [read_entry(path).time.second for path in entries(tmp_path)] == [0, 1]
-    assert not list(tmp_path.rglob(f"*{PARTIAL}"))
-    part.keep(entry(5))
-    assert [read_entry(path).time.second for path in entries(tmp_path)] == [1, 5]
-
-
-def test_a_folder_that_cannot_be_had_ends_the_start(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CannotKeep, match=r"quarantine\.folder: cannot use .*file: "):
-        open_keeper(QuarantineConfig(folder=tmp_path / "file"), 1, Metrics().quarantine())
+    assert numbers(tmp_path) == [0, 1]
+    assert not list(tmp_path.glob(f"*{PARTIAL}"))
+    folder.keep(name(5), CONTENT)
+    assert numbers(tmp_path) == [1, 5]
 
 
 def test_its_path_is_relative_to_the_configuration(tmp_path: Path) -> None:
@@ -246,15 +393,25 @@ def test_its_path_is_relative_to_the_configuration(tmp_path: Path) -> None:
     assert config.quarantine.folder == tmp_path / "kept"
 
 
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_an_empty_path_is_refused(tmp_path: Path, nothing: str) -> None:
+    (tmp_path / "phalanx.yaml").write_text(f"quarantine: {{folder: '{nothing}'}}")
+    says = f"line 1: quarantine.folder: expected the path of a folder for nothing but the quarantine, got '{nothing}'"
+    with pytest.raises(InvalidConfig, match=says):
+        load_config(tmp_path / "phalanx.yaml", {})
+    with pytest.raises(InvalidConfig, match=f"PHALANX_QUARANTINE__FOLDER: .*got '{nothing}'"):
+        load_config(None, {"PHALANX_QUARANTINE__FOLDER": nothing})
+
+
 # The command
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    part = Part(tmp_path / "kept", 1, 2**20)
+    folder = Folder(tmp_path / "kept", 2**20)
     for i in range(3):
-        part.keep(entry(i))
-    return tmp_path / "kept"
+        folder.keep(entry(i).file_name(), entry(i).encode(some_pixels()))
+    return folder.path
 
 
 def test_ls_lists_and_show_shows(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,3 +459,22 @@ def test_a_broken_file_is_named_and_hides_no_other(kept: Path, capsys: pytest.Ca
     printed = capsys.readouterr()
     assert "20260101T000002" in printed.out
     assert printed.err.count("expected an image with its evidence") == 2
+
+
+def test_ls_reads_no_pixels(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in entries(kept):
+        content = path.read_bytes()
+        path.write_bytes(content[: content.index(b"IDAT") + 8])
+    assert main(["quarantine", "ls", "--folder", str(kept)]) == 0
+    assert capsys.readouterr().out.count("River") == 3
+
+
+def test_ls_prints_each_entry_as_soon_as_it_is_read(kept: Path) -> None:
+    last = entries(kept)[-1]
+    last.unlink()
+    os.mkfifo(last)
+    command = [sys.executable, "-u", "-m", "service.cli", "quarantine", "ls", "--json", "--folder", str(kept)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        assert [json.loads(listing.stdout.readline())["caller"] for _ in range(2)] == ["c", "c"]
+        last.write_bytes(b"")  # it waited for this one
