@@ -116,6 +116,15 @@ class EqualSize(_Frozen):
     compared_rejecting_5: Comparison  # the same of robust accuracy with rejection
 
 
+class MaskPoint(_Frozen):
+    """What attacks that average over so many draws of masks leave, under masks drawn after them; 0: the served masks, known."""
+
+    samples: int = Field(ge=0)
+    robust: float = Field(ge=0, le=1)  # share of images that are classified rightly, mean over the draws
+    n: int = Field(ge=1)
+    draws: int = Field(ge=1)
+
+
 class Check(_Frozen):
     """A sanity check or a positive control; one that failed means that the figures prove nothing."""
 
@@ -222,6 +231,7 @@ class Card(_Frozen):
     systems: tuple[SystemCard, ...]
     comparisons: tuple[Comparison, ...]
     equal_size: EqualSize | None = None
+    fresh_masks: tuple[MaskPoint, ...] = ()  # of the headline's ensemble
     checks: tuple[Check, ...]
     oblivious: tuple[Oblivious, ...]
     ablation: Ablation | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -134,6 +134,21 @@ class System:
         votes = log_votes(self.ensemble, _read_all(self.members.outputs(voters, pixels)))
         heard = {name: votes[:, i] for i, name in enumerate(voters) if self.share(name) > 0}
         return combine(self.ensemble, votes), heard
+
+    def log_probabilities_under(self, seeds: Sequence[int], pixels: Tensor) -> Tensor:
+        """Log-probabilities (s, n, k) under the masks of each of s seeds; members without masks are asked once."""
+        steady, drawn = dict[str, Tensor](), dict[str, Sequence[Tensor]]()
+        for voter in self._speaking.voters:
+            network = self.members.networks[voter.name]
+            masks = [fixed_masks(network, seed) for seed in seeds]
+            if masks[0] is None:
+                steady |= self.members.outputs([voter.name], pixels)
+            else:
+                output = network(pixels, torch.cat([each for each in masks if each is not None]))
+                drawn[voter.name] = output.split(len(masks[0]))
+        ensemble = self._speaking
+        answers = [steady | {name: outputs[i] for name, outputs in drawn.items()} for i in range(len(seeds))]
+        return torch.stack([cast(Tensor, combine(ensemble, log_votes(ensemble, _read_all(each)))) for each in answers])
 
     def judge(self, pixels: Tensor) -> Judged:
         """Label and p-value as deployed, without gradient."""

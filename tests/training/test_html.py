@@ -26,6 +26,7 @@ from models.card import (
     EqualSize,
     Estimate,
     Headline,
+    MaskPoint,
     Matrix,
     Oblivious,
     Orthogonality,
@@ -183,6 +184,10 @@ def whole_card() -> Card:
             compared_rejecting_5=Comparison(
                 system="full", other="one-network", robust=-0.0145, won=58, lost=73, p_value=0.2207, clean=-0.0149
             ),
+        ),
+        fresh_masks=tuple(
+            MaskPoint(samples=samples, robust=robust, n=1000, draws=10)
+            for samples, robust in ((0, 0.6102), (1, 0.5931), (4, 0.5874), (16, 0.5861))
         ),
         checks=(
             Check(name="The undefended member falls to 1% or less", passed=True, measured="bayesian 0.0%, n = 1,000"),

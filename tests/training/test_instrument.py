@@ -16,12 +16,14 @@ from models.card import CARD_FILE, Card, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
 from tests.training.commands import SMOKE, phalanx_train
+from training.attacks.masks import hears_masks
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
-from training.evaluation.card import build
+from training.evaluation.card import build, under_fresh_masks
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import ledger
-from training.evaluation.suites import suite
+from training.evaluation.subjects import full_and_members
+from training.evaluation.suites import assembled, suite
 from training.system import Members, load_networks
 
 
@@ -101,6 +103,45 @@ def test_the_card_goes_into_the_bundle_and_says_what_it_lacks(built: Path, repor
         total = sum(w.shapley.value for w in card.ablation.worths if (w.figure, w.attacker) == (figure, "adaptive"))
         if figure != "clean":  # the subset's clean accuracy is of the whole test split
             assert total == pytest.approx(getattr(whole, figure).value)
+
+
+def test_masks_that_nobody_knows_are_attacked_and_drawn_again(campaign: Campaign) -> None:
+    units = finished(campaign)
+    subjects = {subject.name: subject for subject in full_and_members(campaign.bundle.manifest)}
+
+    def points(name: str) -> list[tuple[int, int, int]]:
+        return [(point.samples, point.n, point.draws) for point in under_fresh_masks(campaign, subjects[name], units)]
+
+    assert points("bayesian") == [(0, 8, 10), (2, 8, 10)]  # fewer draws are tried on the whole ensemble only
+    assert points("edge") == []
+    heard = hears_masks(campaign.system(subjects["full"]))
+    assert points("full") == ([(0, 8, 10), (1, 8, 10), (2, 8, 10)] if heard else [])
+    assert not any("fresh masks" in lack for lack in build(campaign, units, ()).missing)
+
+
+def test_no_unit_is_counted_twice(campaign: Campaign) -> None:
+    files = [unit.file for unit in finished(campaign)]
+    assert len(files) == len(set(files))
+
+
+def test_the_whole_list_leaves_no_attack_to_be_missed(built: Path, tmp_path: Path) -> None:
+    """The list of `standard`, with as little of each attack as there can be."""
+    few = assembled(
+        "standard", images=4, steps=1, restarts=1, apgd=1, targets=1, queries=2, draws=1, weights=(1.0,), curve=3, fab=1, masks=(1,)
+    )
+    bundle = read_bundle(built)
+    campaign = Campaign(tmp_path, bundle, splits_of(bundle, None), few, 4, 0, torch.device("cpu"))
+    units = list(campaign.units(full_and_members(bundle.manifest)))
+    for unit in units:
+        campaign.attack(unit)
+    card = build(campaign, units, ())
+    names = {check.name for check in card.checks}
+    for more in ("four times the steps", "three times the starts"):
+        assert {f"{more} change nothing", f"{more} of the joint attack change nothing"} <= names
+    assert "longer-noise does not beat the gradient" in names
+    others = ("1,000 images", "ablation", "server", "the ensemble's size", "seeds")
+    assert [lack for lack in card.missing if not any(other in lack for other in others)] == []
+    assert {entry.name for entry in few.entries} <= {entry.name for entry in suite("standard").entries}
 
 
 def test_half_an_ablation_is_none(campaign: Campaign) -> None:

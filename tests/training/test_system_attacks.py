@@ -7,18 +7,20 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.ensemble import RuleName, decide
+from models.networks import build_network
 from tests.training.toys import EPSILON, Linear, Masked, images, problem, system, weights
 from training.attacks.detectors import joint, orthogonal
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
+from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
 from training.attacks.pgd import margin, to_uint8
 from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
 from training.evaluation.suites import suite
-from training.system import System
+from training.system import Members, System
 
 CLASSES = 5
 MARGIN_PGD = partial(whole_system, steps=40, restarts=2)
@@ -98,6 +100,44 @@ def test_a_masked_gradient_is_unmasked_by_the_suite() -> None:
     assert left(["margin-pgd"]) > 0.9  # its random restarts find little
     assert left(["square"]) < left(["margin-pgd"])  # which the report's sanity check shouts about
     assert left(list(entries)) < left(["margin-pgd"]) - 0.2
+
+
+def stochastic(voters: int) -> System:
+    """A dropout network whose one mask matters, alone or beside a linear voter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {
+            "classes": CLASSES, "channels": 3, "mean": [130.0] * 3, "std": [30.0] * 3, "keep": 0.3, "samples": 1,
+            "backbone": {"widths": [8, 64], "blocks": [0, 1], "stem_kernel": 3, "stem_stride": 1},
+        }  # fmt: skip
+        networks: dict[str, nn.Module] = {"dropout": build_network("bayesian", config)}
+    if voters > 1:
+        networks["linear"] = Linear(weights(0, CLASSES), torch.zeros(CLASSES))
+    return system(networks, CLASSES)
+
+
+@pytest.mark.parametrize("voters", [1, 2])
+def test_masks_of_a_seed_are_those_of_a_system_with_that_seed(voters: int) -> None:
+    toy, pixels = stochastic(voters), images(6)
+    together = toy.log_probabilities_under([3, 9], pixels)
+    apart = [System(toy.ensemble, Members(toy.members.networks, seed)).log_probabilities(pixels) for seed in (3, 9)]
+    assert torch.allclose(together, torch.stack(apart), atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    assert hears_masks(toy)
+    assert not hears_masks(linear_system()[0])
+
+
+def test_an_attack_that_averages_over_masks_fools_those_it_never_saw_more_often_than_one_that_knows_some() -> None:
+    toy, pixels = stochastic(1), images(60)
+    y = toy.log_probabilities_under(range(1000, 1100), pixels).mean(dim=0).argmax(dim=1)
+
+    def left(attack: Attack) -> float:
+        found = attack(problem(toy, pixels, y))
+        return float((toy.log_probabilities_under(range(100), found).argmax(dim=2) == y).float().mean())
+
+    known = left(partial(whole_system, steps=20, restarts=1, until_fooled=False))
+    averaging = left(partial(fresh_masks, steps=20, samples=16))
+    assert averaging < known - 0.05
 
 
 def disagreeing() -> tuple[System, Tensor, Tensor]:

@@ -131,6 +131,7 @@ def render(card: Card, examples: Sequence[Example]) -> str:
         left_out=len(examples) - len(shown),
         overview=overview_chart(systems),
         curves=curve_chart(card, systems) if any(system.curve for system in systems) else None,
+        masks=masks_chart(card) if any(point.samples for point in card.fresh_masks) else None,
         rocs=[(system, roc_chart(system)) for system in systems if system.roc],
         worths=[(rows, worth_chart(rows)) for rows in (grouped(card.ablation.worths) if card.ablation else ())],
         figures=FIGURES,
@@ -240,6 +241,22 @@ def curve_chart(card: Card, systems: Sequence[SystemCard]) -> Chart:
         names = [system.name for system in systems]
         _legend(figure, axes.containers, names, "outside lower left", 3)
         return _chart(figure, f"Robust accuracy against epsilon of {', '.join(names)}; the table below has the values.")
+
+
+def masks_chart(card: Card) -> Chart:
+    """What is left under fresh masks, against how many draws each step of the attack averages over."""
+    points = [point for point in card.fresh_masks if point.samples]
+    known = [point.robust for point in card.fresh_masks if not point.samples]
+    with rc_context(STYLE | {"svg.hashsalt": "masks"}):
+        figure, axes = _figure(2.8)
+        axes.plot([point.samples for point in points], [point.robust for point in points], color=SERIES[0], marker=MARKERS[0])
+        for height in known:
+            axes.axhline(height, color=MUTED, linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([point.samples for point in points], [f"{point.samples}" for point in points])
+        axes.set(ylim=(-0.02, 1.02), ylabel="accuracy under attack", xlabel="draws of masks that a step averages over")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        return _chart(figure, "Accuracy under fresh masks against draws of a step; the table below has the values.")
 
 
 def roc_chart(system: SystemCard) -> Chart:

@@ -73,9 +73,8 @@ def finished(campaign: Campaign) -> list[Unit]:
             f"{campaign.folder}: expected all {len(needed)} units of phalanx-train attack done, got {len(missing)} that are not, "
             f"the first {missing[0].file}; run it again, it goes on"
         )
-    names = {unit.subject.name for unit in needed}
-    others = list(campaign.units([subject for subject in every_subset(manifest) if subject.name not in names]))
-    return needed + [unit for unit in others if campaign.done(unit)]
+    known = {unit.file for unit in needed}
+    return needed + [unit for unit in campaign.units(every_subset(manifest)) if unit.file not in known and campaign.done(unit)]
 
 
 def commands(args: argparse.Namespace) -> list[str]:

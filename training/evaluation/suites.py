@@ -15,6 +15,7 @@ from training.attacks.detectors import joint, orthogonal
 from training.attacks.edges import hears_edges, narrow_edges, soft_edges
 from training.attacks.features import feature_adversary, has_centers
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
+from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
 from training.attacks.problem import Attack, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
@@ -26,6 +27,8 @@ Aims = Literal["rule", "features", "everything"]
 
 CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 CONTROL = "margin-pgd"  # the attack that every system is put to, controls included
+FRESH_MASKS = "fresh-masks-pgd"  # of a name that ends with the number of draws
+FEW_IMAGES = 50  # of the noise with many draws
 
 
 @dataclass(frozen=True)
@@ -80,25 +83,30 @@ def suite(name: str) -> Suite:
     """`smoke` (seconds), `quick` (minutes on two cores) or `standard` (the protocol's whole list)."""
     match name:
         case "smoke":
-            return _suite(name, images=8, steps=3, restarts=1, apgd=3, targets=2, queries=10, draws=3, weights=(1.0,), curve=0)
+            return assembled(
+                name, images=8, steps=3, restarts=1, apgd=3, targets=2, queries=10, draws=3, weights=(1.0,), curve=0, masks=(1, 2)
+            )
         case "quick":
-            return _suite(
+            return assembled(
                 name, images=300, steps=20, restarts=2, apgd=20, targets=3, queries=100, draws=10, weights=(0.5, 2.0), curve=100
             )
         case _:
-            return _suite(
+            return assembled(
                 "standard", images=1000, steps=40, restarts=5, apgd=100, targets=9, queries=5000, draws=100,
-                weights=(0.1, 0.3, 1.0, 3.0, 10.0), curve=300, fab=100,
+                weights=(0.1, 0.3, 1.0, 3.0, 10.0), curve=300, fab=100, masks=(1, 4, 16, 64),
             )  # fmt: skip
 
 
 SUITES = ("smoke", "quick", "standard")
 
 
-def _suite(
+def assembled(
     name: str, *, images: int, steps: int, restarts: int, apgd: int, targets: int, queries: int, draws: int,
-    weights: tuple[float, ...], curve: int, fab: int = 0,
+    weights: tuple[float, ...], curve: int, fab: int = 0, masks: tuple[int, ...] = (),
 ) -> Suite:  # fmt: skip
+    """Every attack, with so much of each. `curve`: images that sanity checks are made on, 0 for none; `fab` 0 leaves out what
+    only the whole list has; `masks`: over how many draws the attacks on fresh masks average.
+    """
     several, screened = _has_several_voters, _has_detectors
     direct = partial(whole_system, steps=steps, restarts=restarts)
     once = partial(whole_system, steps=steps, restarts=1)
@@ -119,10 +127,20 @@ def _suite(
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
     ]
+    for samples in masks:  # the most of them for the figures, fewer to see whether those were enough
+        unknown = partial(fresh_masks, steps=steps, samples=samples)
+        entries.append(Entry(f"{FRESH_MASKS}-{samples}", unknown, applies=hears_masks, sanity=samples < masks[-1]))
     if fab:
         low = partial(joint, steps=steps, weights=weights, accepted_at="reject")
         entries.append(Entry("joint-below-1%", low, applies=screened, aims="everything"))
         entries.append(Entry("fab-targeted", partial(fab_targeted, iterations=fab, targets=targets)))
+        longer = partial(joint, steps=4 * steps, weights=weights)
+        more = partial(joint, steps=steps, weights=3 * weights)
+        entries += [
+            Entry("longer-noise", partial(random_noise, draws=100 * draws), "none", images=FEW_IMAGES, sanity=True),
+            Entry("longer-joint", longer, applies=screened, images=curve, sanity=True, aims="everything"),
+            Entry("restarted-joint", more, applies=screened, images=curve, sanity=True, aims="everything"),
+        ]
     if curve:
         entries.append(Entry("longer-margin-pgd", partial(whole_system, steps=4 * steps, restarts=1), images=curve, sanity=True))
         entries.append(
