@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.bundle import read_bundle
+from models.bundle import read_bundle, write_bundle
 from models.card import CARD_FILE, Card
 from tests.training.commands import SMOKE, phalanx_train
+from training.data import load_splits
 from training.evaluation import equal_size
 from training.evaluation.campaign import Campaign
 from training.evaluation.card import NO_CONTROL
@@ -21,6 +23,7 @@ from training.evaluation.report import finished
 from training.evaluation.scores import REVIEW, ledger, mcnemar
 from training.evaluation.subjects import full_and_members
 from training.evaluation.suites import suite
+from training.recipe import DataRecipe
 from training.refused import TrainingRefused
 
 RECIPE = """
@@ -110,6 +113,27 @@ def test_a_control_that_was_not_attacked_says_what_to_type(
 def test_several_classifiers_are_no_control(built: Path, attacked: dict[Path, Path]) -> None:
     with pytest.raises(TrainingRefused, match="expected a bundle of one classifier, got adversarial, bayesian, edge, metric"):
         equal_size.open_control(arguments(built, attacked[built]), campaign(built, attacked[built]))
+
+
+def test_the_one_classifier_of_the_ensemble_itself_is_no_control(control: Path, attacked: dict[Path, Path]) -> None:
+    with pytest.raises(TrainingRefused, match="expected another network than the ensemble's own, got the same"):
+        equal_size.open_control(arguments(control, attacked[control]), campaign(control, attacked[control]))
+
+
+def test_a_network_trained_on_the_test_images_is_no_control(
+    built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
+) -> None:
+    parts = read_bundle(control).parts()
+    data = {"source": "tests/data/eurosat", "train": "test"}
+    provenance = parts.provenance.model_copy(
+        update={
+            "recipe": {**parts.provenance.recipe, "data": data},
+            "data_fingerprint": load_splits(DataRecipe.model_validate(data)).fingerprint,
+        }
+    )
+    write_bundle(tmp_path / "bundle", replace(parts, provenance=provenance))
+    with pytest.raises(TrainingRefused, match="expected one made of the ensemble's images and splits"):
+        equal_size.open_control(arguments(tmp_path / "bundle", tmp_path / "campaign"), campaign(built, attacked[built]))
 
 
 def test_a_smaller_network_is_no_control(

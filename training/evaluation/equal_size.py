@@ -10,8 +10,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from models.card import Card, Comparison, EqualSize
 from models.ensemble import Ensemble
 from training.evaluation.attack import open_campaign
@@ -37,8 +35,13 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
         )
     if campaign.epsilon != control.epsilon:
         raise TrainingRefused(f"--control {args.control}: expected epsilon {campaign.epsilon:g}, got {control.epsilon:g}")
-    if not np.array_equal(campaign.images.pixels, control.images.pixels):
-        raise TrainingRefused(f"--control {args.control}: expected the images that the ensemble was attacked on, got others")
+    if campaign.splits.fingerprint != control.splits.fingerprint:  # whose training images may be these test images
+        raise TrainingRefused(
+            f"--control {args.control}: expected one made of the ensemble's images and splits, got one of "
+            f"{found.provenance.data_name}, divided otherwise"
+        )
+    if found.subject == campaign.bundle.manifest.subject:
+        raise TrainingRefused(f"--control {args.control}: expected another network than the ensemble's own, got the same")
     if (wanted := _parameters(campaign)) * SMALLER > (got := _parameters(control)):
         raise TrainingRefused(
             f"--control {args.control}: expected about the {wanted:,} parameters that all members of the ensemble have together, "
