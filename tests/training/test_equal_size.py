@@ -104,10 +104,22 @@ def test_the_report_holds_the_ensemble_against_it(built: Path, control: Path, at
 def test_a_control_that_was_not_attacked_says_what_to_type(
     built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
 ) -> None:
-    options = ("--control", str(control), "--control-out", str(tmp_path))
+    options = ("--data", "tests/data/eurosat", "--control", str(control), "--control-out", str(tmp_path))
     ended = phalanx_train("report", str(built), *SMOKE, "--out", str(attacked[built]), *options)
     assert ended.returncode == 2
-    assert f"attack the control first: phalanx-train attack {control} --suite smoke --images 8 --seed 0" in ended.stderr
+    command = f"phalanx-train attack {control} --suite smoke --images 8 --seed 0 --data tests/data/eurosat --out {tmp_path}"
+    assert f"attack the control first: {command}\n" in ended.stderr
+
+
+def test_a_folder_for_no_control_is_not_passed_over(built: Path, tmp_path: Path) -> None:
+    ended = phalanx_train("report", str(built), *SMOKE, "--control-out", str(tmp_path))
+    assert ended.returncode == 2
+    assert f"--control-out {tmp_path}: expected --control BUNDLE beside it, got none" in ended.stderr
+
+
+def test_the_folder_of_the_ensemble_is_not_the_control_s(built: Path, control: Path, attacked: dict[Path, Path]) -> None:
+    with pytest.raises(TrainingRefused, match=r"holds another campaign: expected bundle .*; give another folder"):
+        equal_size.open_control(arguments(control, attacked[built]), campaign(built, attacked[built]))
 
 
 def test_several_classifiers_are_no_control(built: Path, attacked: dict[Path, Path]) -> None:

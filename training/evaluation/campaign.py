@@ -221,7 +221,7 @@ class Campaign:
         if differing := [key for key in identity if identity[key] != there.get(key)]:
             key = differing[0]
             came = f"expected {key} {identity[key]}, got {there.get(key)}"
-            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another --out")
+            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another folder")
 
 
 def _restored(clean: Tensor, delta: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.card import Card, Comparison, EqualSize
 from models.ensemble import Ensemble
@@ -50,13 +49,15 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
     return control
 
 
-def finished(control: Campaign, bundle: Path) -> list[Unit]:
+def finished(control: Campaign, args: argparse.Namespace) -> list[Unit]:
     """All that `phalanx-train attack` does on the one network, or TrainingRefused."""
     units = list(control.units(full_and_members(control.bundle.manifest)))
     if left := sum(not control.done(unit) for unit in units):
+        elsewhere = f" --data {args.data}" * bool(args.data) + f" --out {args.control_out}" * bool(args.control_out)
         raise TrainingRefused(
             f"{control.folder}: expected all {len(units)} units done, got {left} that are not; attack the control first: "
-            f"phalanx-train attack {bundle} --suite {control.suite.name} --images {len(control.images)} --seed {control.seed}"
+            f"phalanx-train attack {args.control} --suite {control.suite.name} --images {len(control.images)} --seed {control.seed}"
+            f"{elsewhere}"
         )
     return units
 

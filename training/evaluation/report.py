@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write card and report; nothing is attacked again."""
+    if args.control_out and not args.control:
+        raise TrainingRefused(f"--control-out {args.control_out}: expected --control BUNDLE beside it, got none")
     campaign = attack.open_campaign(args)
     units = finished(campaign)
     control = equal_size.open_control(args, campaign) if args.control else None
-    alone = equal_size.finished(control, args.control) if control else []  # a refusal comes before the figures are computed
+    alone = equal_size.finished(control, args) if control else []  # a refusal comes before the figures are computed
     card = build(campaign, units, commands(args), kept_queries(campaign), kept_deployment(campaign))
     if control:
         card = equal_size.held_against(card, campaign, units, control, alone)
