@@ -17,7 +17,7 @@ from tests.training.commands import SMOKE, phalanx_train
 from training.data import load_splits
 from training.evaluation import equal_size
 from training.evaluation.campaign import Campaign
-from training.evaluation.card import NO_CONTROL
+from training.evaluation.card import NO_CONTROL, compared
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import REVIEW, ledger, mcnemar
@@ -88,10 +88,10 @@ def test_the_report_holds_the_ensemble_against_it(built: Path, control: Path, at
         ensemble = each.system(full_and_members(each.bundle.manifest)[-1]).ensemble
         counted = ledger(each, ensemble, finished(each)).where(lambda row: row.counts)
         right.append((counted.robust, counted.robust_at(REVIEW)))
-    for compared, mine, theirs in zip((found.compared, found.compared_rejecting_5), *right, strict=True):
+    for held, mine, theirs in zip((found.compared, found.compared_rejecting_5), *right, strict=True):
         won, lost = int(np.sum(mine & ~theirs)), int(np.sum(theirs & ~mine))
-        assert (compared.won, compared.lost, compared.p_value) == (won, lost, mcnemar(won, lost))
-        assert compared.robust == pytest.approx(mine.mean() - theirs.mean())
+        assert (held.won, held.lost, held.p_value) == (won, lost, mcnemar(won, lost))
+        assert held.robust == pytest.approx(mine.mean() - theirs.mean())
     assert found.robust.value == pytest.approx(right[1][0].mean())
     assert found.parameters >= found.members_parameters == 27230
 
@@ -120,6 +120,22 @@ def test_a_folder_for_no_control_is_not_passed_over(built: Path, tmp_path: Path)
 def test_the_folder_of_the_ensemble_is_not_the_control_s(built: Path, control: Path, attacked: dict[Path, Path]) -> None:
     with pytest.raises(TrainingRefused, match=r"holds another campaign: expected bundle .*; give another folder"):
         equal_size.open_control(arguments(control, attacked[built]), campaign(built, attacked[built]))
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "says"),
+    [
+        pytest.param(5, 5, "shows no difference", id="as many won as lost"),
+        pytest.param(1, 6, "shows no difference", id="five apart, which chance may do"),
+        pytest.param(3, 12, "is more robust", id="the one network won"),
+        pytest.param(12, 3, "is less robust", id="the ensemble won"),
+    ],
+)
+def test_only_what_chance_hardly_does_is_called_a_difference(won: int, lost: int, says: str) -> None:
+    one = np.arange(100)
+    found = compared("full", "one", one >= lost, (one < lost) | (one >= lost + won), 0.0)
+    assert (found.won, found.lost) == (won, lost)
+    assert f"as large as all members {says} (" in equal_size.sentence(found, 100)
 
 
 def test_several_classifiers_are_no_control(built: Path, attacked: dict[Path, Path]) -> None:

@@ -79,7 +79,7 @@ def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control:
         compared=compared(full, name, mine.robust, theirs.robust, ahead),
         compared_rejecting_5=compared(full, name, mine.robust_at(REVIEW), theirs.robust_at(REVIEW), ahead),
     )
-    conjecture = f"{card.headline.conjecture} {_sentence(found.compared, card.n)}"
+    conjecture = f"{card.headline.conjecture} {sentence(found.compared, card.n)}"
     return card.model_copy(
         update={
             "equal_size": found,
@@ -89,9 +89,9 @@ def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control:
     )
 
 
-def _sentence(found: Comparison, n: int) -> str:
+def sentence(found: Comparison, n: int) -> str:
     """What the one network is, seen from the ensemble."""
-    said = "is as robust" if found.p_value >= 0.05 else "is more robust" if found.robust < 0 else "is less robust"
+    said = "shows no difference" if found.p_value >= 0.05 else "is more robust" if found.robust < 0 else "is less robust"
     return (
         f"One adversarially trained network as large as all members {said} ({-100 * found.robust:+.1f} points, "
         f"+{found.lost}/-{found.won} images, McNemar p = {found.p_value:.2g}, n = {n})."
