@@ -17,7 +17,7 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
 from tests.training.commands import SMOKE, phalanx_train
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
-from training.evaluation.card import build
+from training.evaluation.card import build, ledgers_of
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import ledger
@@ -105,8 +105,9 @@ def test_the_card_goes_into_the_bundle_and_says_what_it_lacks(built: Path, repor
 
 def test_half_an_ablation_is_none(campaign: Campaign) -> None:
     units = finished(campaign)
-    assert build(campaign, units, ()).ablation is not None
-    card = build(campaign, [unit for unit in units if unit.subject.name != "edge+metric"], ())
+    assert build(campaign, units, ledgers_of(campaign, units), ()).ablation is not None
+    fewer = [unit for unit in units if unit.subject.name != "edge+metric"]
+    card = build(campaign, fewer, ledgers_of(campaign, fewer), ())
     assert card.ablation is None
     assert "an ablation of every subset" in card.missing
 

@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Sequence
 
 from models.card import Card, Comparison, EqualSize
-from models.ensemble import Ensemble
 from training.evaluation.attack import open_campaign
 from training.evaluation.campaign import Campaign, Unit
 from training.evaluation.card import NO_CONTROL, compared
@@ -62,10 +61,14 @@ def finished(control: Campaign, args: argparse.Namespace) -> list[Unit]:
     return units
 
 
-def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control: Campaign, control_units: Sequence[Unit]) -> Card:
-    """The card with the one network on it: what the ensemble is against it, and one safeguard less that is missing."""
-    mine, theirs = _counted(campaign, units), _counted(control, control_units)
-    label, _ = answer(_ensemble(control), control.clean("test")[0])
+def held_against(card: Card, campaign: Campaign, whole: Ledger, control: Campaign, units: Sequence[Unit]) -> Card:
+    """The card with the one network on it: what the ensemble is against it, and one safeguard less that is missing.
+
+    `whole` is the ensemble's ledger; `units` are the control's.
+    """
+    ensemble = control.system(full_and_members(control.bundle.manifest)[-1]).ensemble
+    mine, theirs = (each.where(lambda row: row.counts) for each in (whole, ledger(control, ensemble, units)))
+    label, _ = answer(ensemble, control.clean("test")[0])
     clean = share(label == control.splits.test.labels)
     full, name = card.headline.ensemble, control.bundle.manifest.name
     ahead = card.headline.clean.value - clean.value
@@ -96,14 +99,6 @@ def sentence(found: Comparison, n: int) -> str:
         f"One adversarially trained network as large as all members {said} ({-100 * found.robust:+.1f} points, "
         f"+{found.lost}/-{found.won} images, McNemar p = {found.p_value:.2g}, n = {n})."
     )
-
-
-def _ensemble(campaign: Campaign) -> Ensemble:
-    return campaign.system(full_and_members(campaign.bundle.manifest)[-1]).ensemble
-
-
-def _counted(campaign: Campaign, units: Sequence[Unit]) -> Ledger:
-    return ledger(campaign, _ensemble(campaign), units).where(lambda row: row.counts)
 
 
 def _parameters(campaign: Campaign) -> int:
