@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from models.bundle import Bundle
 from models.composition import compose
+from models.durable import replace_file
 from models.ensemble import is_finite
 from training.attacks.pgd import to_uint8
 from training.attacks.problem import Findings, Problem
@@ -231,12 +230,4 @@ def _restored(clean: Tensor, delta: Tensor) -> Tensor:
 def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all, among processes that may write the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(path, data, shared=True)
