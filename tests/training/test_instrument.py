@@ -130,6 +130,14 @@ def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, 
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("content", [pytest.param("begun on Monday", id="no JSON"), pytest.param("[1, 2]", id="a list")])
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(built: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "campaign.json").write_text(content)
+    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(tmp_path))
+    assert ended.returncode == 2
+    assert "campaign.json: expected a campaign's identity as JSON, got" in ended.stderr
+
+
 def test_an_unknown_suite_names_those_there_are(built: Path) -> None:
     ended = phalanx_train("attack", str(built), "--suite", "brutal")
     assert ended.returncode == 2

@@ -216,7 +216,10 @@ class Campaign:
         path = self.folder / "campaign.json"
         if not path.is_file():
             write_whole(path, json.dumps(identity, indent=1).encode())
-        there = json.loads(path.read_text(encoding="utf-8"))  # which another process may have written at the same time
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))  # which another process may have written at the same time
+        except (TypeError, ValueError) as error:
+            raise CampaignRefused(f"{path}: expected a campaign's identity as JSON, got {error}; give another folder") from error
         if differing := [key for key in identity if identity[key] != there.get(key)]:
             key = differing[0]
             came = f"expected {key} {identity[key]}, got {there.get(key)}"
