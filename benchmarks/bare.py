@@ -35,7 +35,6 @@ def bare_graph(config: ServiceConfig, cache: Path) -> BareGraph:
     bundle = read_bundle(config.bundle_path, weights=False)
     ensemble = compose_named(bundle, config, next(iter(config.ensembles)))
     masks: dict[str, Any] = {}
-    for name in ensemble.members:
-        if (spec := bundle.manifest.member(name).stochastic) is not None:
-            masks["masks"] = draw_masks(bundle.manifest.masks.seed, spec.samples, spec.width, spec.keep)
+    if spec := bundle.manifest.masks_of(ensemble.members):
+        masks["masks"] = draw_masks(bundle.manifest.masks.seed, spec.samples, spec.width, spec.keep)
     return BareGraph(GraphCache(cache).fused(bundle, ensemble), bundle.manifest.input.shape, masks)

@@ -45,12 +45,13 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+def replace_file(path: Path, data: bytes, mode: int = 0o666, *, shared: bool = False) -> None:
     """Put a file at `path`, of this mode less the umask; what was there stays until the new one is on disk.
 
-    One writer at a time.
+    One writer at a time, unless it is `shared`: then what a killed one leaves stays beside it.
     """
-    aside = path.with_name(f"{path.name}{PARTIAL}")
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    aside = path.with_name(f"{path.name}{own}{PARTIAL}")
     aside.unlink(missing_ok=True)  # what a killed writer left
     try:
         _write_synced(aside, data, mode)

@@ -191,6 +191,10 @@ class Manifest(_Frozen):
     def member(self, name: str) -> MemberManifest:
         return next(member for member in self.members if member.name == name)
 
+    def masks_of(self, members: Iterable[str]) -> StochasticSpec | None:
+        """The masks that these members take, None where none is stochastic; those that are share them."""
+        return next((spec for name in members if (spec := self.member(name).stochastic)), None)
+
     def subset(self, classifiers: Iterable[str]) -> SubsetRow:
         """The row fitted for exactly these classifiers."""
         wanted = tuple(sorted(classifiers))

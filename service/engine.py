@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, StochasticSpec
+from models.bundle import Bundle
 from models.ensemble import Decision, Ensemble
 from models.masks import draw_masks
 from models.self_test import check_member, compare, softmax
@@ -178,8 +178,7 @@ class Engine:
         """
         manifest = bundle.manifest
         self.input_shape = manifest.input.shape  # (height, width, channels)
-        stochastic = (manifest.member(name).stochastic for name in ensemble.members)
-        self._masks_spec: StochasticSpec | None = next((spec for spec in stochastic if spec is not None), None)
+        self._masks_spec = manifest.masks_of(ensemble.members)
         self._masks_seed = manifest.masks.seed
         self._fixed = self._draw(self._masks_seed)
         self._fresh = ensemble.masks == "fresh"

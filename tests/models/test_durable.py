@@ -9,12 +9,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from models.bundle import InvalidBundle, read_bundle, write_bundle
-from models.durable import replace_folder
+from models.durable import replace_file, replace_folder
 from tests.bundles import write_tiny_bundle
 
 
@@ -103,3 +104,13 @@ def test_a_folder_of_another_name_is_not_taken_for_a_leftover(tmp_path: Path) ->
     (tmp_path / ".bundle.0000.partial").mkdir()
     replace_folder(tmp_path / "bundle", {"file": b"content"})
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "bundle"])
+
+
+def test_of_several_writers_of_a_shared_file_one_has_the_last_word(tmp_path: Path) -> None:
+    contents = [bytes([writer]) * 100_000 for writer in range(8)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        for _ in range(20):
+            for future in [pool.submit(replace_file, tmp_path / "file", content, shared=True) for content in contents]:
+                future.result()
+            assert (tmp_path / "file").read_bytes() in contents
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

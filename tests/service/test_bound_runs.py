@@ -34,7 +34,7 @@ def session_and_masks(
     bundle: Bundle, graphs: GraphCache, choice: EnsembleChoice, seed: int = 1
 ) -> tuple[ort.InferenceSession, dict[str, NDArray[Any]]]:
     ensemble = compose(bundle, choice)
-    spec = next((found for name in ensemble.members if (found := bundle.manifest.member(name).stochastic)), None)
+    spec = bundle.manifest.masks_of(ensemble.members)
     masks = {} if spec is None else {"masks": draw_masks(seed, spec.samples, spec.width, spec.keep)}
     return open_session(graphs.fused(bundle, ensemble), DeviceConfig(provider="cpu")), masks
 

@@ -231,6 +231,17 @@ def test_a_folder_of_another_attack_is_refused(address: str, manifest: Manifest,
             QueryCampaign(tmp_path, endpoint, manifest, images, QueryAttack("square", 5))
 
 
+@pytest.mark.parametrize("content", [pytest.param("begun on Monday", id="no JSON"), pytest.param("[1, 2]", id="a list")])
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(
+    address: str, manifest: Manifest, images: Images, tmp_path: Path, content: str
+) -> None:
+    with Endpoint(address) as endpoint:
+        begun = QueryCampaign(tmp_path, endpoint, manifest, images, QueryAttack("square", 4))
+        (begun.folder / "attack.json").write_text(content)
+        with pytest.raises(EndpointRefused, match=r"attack.json: expected an attack's identity as JSON, got"):
+            QueryCampaign(tmp_path, endpoint, manifest, images, QueryAttack("square", 4))
+
+
 def test_a_damaged_file_is_named(address: str, manifest: Manifest, images: Images, tmp_path: Path) -> None:
     with Endpoint(address) as endpoint:
         campaign = QueryCampaign(tmp_path, endpoint, manifest, images.take(np.arange(1)), QueryAttack("square", 4, 5))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.bundle import read_bundle
+from models.bundle import read_bundle, write_bundle
 from models.card import CARD_FILE, Card
 from tests.training.commands import SMOKE, phalanx_train
+from training.data import load_splits
 from training.evaluation import equal_size
 from training.evaluation.campaign import Campaign
-from training.evaluation.card import NO_CONTROL
+from training.evaluation.card import NO_CONTROL, compared
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import REVIEW, ledger, mcnemar
 from training.evaluation.subjects import full_and_members
 from training.evaluation.suites import suite
+from training.recipe import DataRecipe
 from training.refused import TrainingRefused
 
 RECIPE = """
@@ -85,10 +88,10 @@ def test_the_report_holds_the_ensemble_against_it(built: Path, control: Path, at
         ensemble = each.system(full_and_members(each.bundle.manifest)[-1]).ensemble
         counted = ledger(each, ensemble, finished(each)).where(lambda row: row.counts)
         right.append((counted.robust, counted.robust_at(REVIEW)))
-    for compared, mine, theirs in zip((found.compared, found.compared_rejecting_5), *right, strict=True):
+    for held, mine, theirs in zip((found.compared, found.compared_rejecting_5), *right, strict=True):
         won, lost = int(np.sum(mine & ~theirs)), int(np.sum(theirs & ~mine))
-        assert (compared.won, compared.lost, compared.p_value) == (won, lost, mcnemar(won, lost))
-        assert compared.robust == pytest.approx(mine.mean() - theirs.mean())
+        assert (held.won, held.lost, held.p_value) == (won, lost, mcnemar(won, lost))
+        assert held.robust == pytest.approx(mine.mean() - theirs.mean())
     assert found.robust.value == pytest.approx(right[1][0].mean())
     assert found.parameters >= found.members_parameters == 27230
 
@@ -101,15 +104,64 @@ def test_the_report_holds_the_ensemble_against_it(built: Path, control: Path, at
 def test_a_control_that_was_not_attacked_says_what_to_type(
     built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
 ) -> None:
-    options = ("--control", str(control), "--control-out", str(tmp_path))
+    options = ("--data", "tests/data/eurosat", "--control", str(control), "--control-out", str(tmp_path))
     ended = phalanx_train("report", str(built), *SMOKE, "--out", str(attacked[built]), *options)
     assert ended.returncode == 2
-    assert f"attack the control first: phalanx-train attack {control} --suite smoke --images 8 --seed 0" in ended.stderr
+    command = f"phalanx-train attack {control} --suite smoke --images 8 --seed 0 --data tests/data/eurosat --out {tmp_path}"
+    assert f"attack the control first: {command}\n" in ended.stderr
+
+
+def test_a_folder_for_no_control_is_not_passed_over(built: Path, tmp_path: Path) -> None:
+    ended = phalanx_train("report", str(built), *SMOKE, "--control-out", str(tmp_path))
+    assert ended.returncode == 2
+    assert f"--control-out {tmp_path}: expected --control BUNDLE beside it, got none" in ended.stderr
+
+
+def test_the_folder_of_the_ensemble_is_not_the_control_s(built: Path, control: Path, attacked: dict[Path, Path]) -> None:
+    with pytest.raises(TrainingRefused, match=r"holds another campaign: expected bundle .*; give another folder"):
+        equal_size.open_control(arguments(control, attacked[built]), campaign(built, attacked[built]))
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "says"),
+    [
+        pytest.param(5, 5, "shows no difference", id="as many won as lost"),
+        pytest.param(1, 6, "shows no difference", id="five apart, which chance may do"),
+        pytest.param(3, 12, "is more robust", id="the one network won"),
+        pytest.param(12, 3, "is less robust", id="the ensemble won"),
+    ],
+)
+def test_only_what_chance_hardly_does_is_called_a_difference(won: int, lost: int, says: str) -> None:
+    one = np.arange(100)
+    found = compared("full", "one", one >= lost, (one < lost) | (one >= lost + won), 0.0)
+    assert (found.won, found.lost) == (won, lost)
+    assert f"as large as all members {says} (" in equal_size.sentence(found, 100)
 
 
 def test_several_classifiers_are_no_control(built: Path, attacked: dict[Path, Path]) -> None:
     with pytest.raises(TrainingRefused, match="expected a bundle of one classifier, got adversarial, bayesian, edge, metric"):
         equal_size.open_control(arguments(built, attacked[built]), campaign(built, attacked[built]))
+
+
+def test_the_one_classifier_of_the_ensemble_itself_is_no_control(control: Path, attacked: dict[Path, Path]) -> None:
+    with pytest.raises(TrainingRefused, match="expected another network than the ensemble's own, got the same"):
+        equal_size.open_control(arguments(control, attacked[control]), campaign(control, attacked[control]))
+
+
+def test_a_network_trained_on_the_test_images_is_no_control(
+    built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
+) -> None:
+    parts = read_bundle(control).parts()
+    data = {"source": "tests/data/eurosat", "train": "test"}
+    provenance = parts.provenance.model_copy(
+        update={
+            "recipe": {**parts.provenance.recipe, "data": data},
+            "data_fingerprint": load_splits(DataRecipe.model_validate(data)).fingerprint,
+        }
+    )
+    write_bundle(tmp_path / "bundle", replace(parts, provenance=provenance))
+    with pytest.raises(TrainingRefused, match="expected one made of the ensemble's images and splits"):
+        equal_size.open_control(arguments(tmp_path / "bundle", tmp_path / "campaign"), campaign(built, attacked[built]))
 
 
 def test_a_smaller_network_is_no_control(

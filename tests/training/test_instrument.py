@@ -18,7 +18,7 @@ from models.ensemble import decide
 from tests.training.commands import SMOKE, phalanx_train
 from training.attacks.masks import hears_masks
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
-from training.evaluation.card import build, under_fresh_masks
+from training.evaluation.card import build, ledgers_of, under_fresh_masks
 from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import ledger
@@ -116,7 +116,7 @@ def test_masks_that_nobody_knows_are_attacked_and_drawn_again(campaign: Campaign
     assert points("edge") == []
     heard = hears_masks(campaign.system(subjects["full"]))
     assert points("full") == ([(0, 8, 10), (1, 8, 10), (2, 8, 10)] if heard else [])
-    assert not any("fresh masks" in lack for lack in build(campaign, units, ()).missing)
+    assert not any("fresh masks" in lack for lack in build(campaign, units, ledgers_of(campaign, units), ()).missing)
 
 
 def test_no_unit_is_counted_twice(campaign: Campaign) -> None:
@@ -134,7 +134,7 @@ def test_the_whole_list_leaves_no_attack_to_be_missed(built: Path, tmp_path: Pat
     units = list(campaign.units(full_and_members(bundle.manifest)))
     for unit in units:
         campaign.attack(unit)
-    card = build(campaign, units, ())
+    card = build(campaign, units, ledgers_of(campaign, units), ())
     names = {check.name for check in card.checks}
     for more in ("four times the steps", "three times the starts"):
         assert {f"{more} change nothing", f"{more} of the joint attack change nothing"} <= names
@@ -146,8 +146,9 @@ def test_the_whole_list_leaves_no_attack_to_be_missed(built: Path, tmp_path: Pat
 
 def test_half_an_ablation_is_none(campaign: Campaign) -> None:
     units = finished(campaign)
-    assert build(campaign, units, ()).ablation is not None
-    card = build(campaign, [unit for unit in units if unit.subject.name != "edge+metric"], ())
+    assert build(campaign, units, ledgers_of(campaign, units), ()).ablation is not None
+    fewer = [unit for unit in units if unit.subject.name != "edge+metric"]
+    card = build(campaign, fewer, ledgers_of(campaign, fewer), ())
     assert card.ablation is None
     assert "an ablation of every subset" in card.missing
 
@@ -168,6 +169,14 @@ def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, 
     assert ended.returncode != 0
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("content", [pytest.param("begun on Monday", id="no JSON"), pytest.param("[1, 2]", id="a list")])
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(built: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "campaign.json").write_text(content)
+    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(tmp_path))
+    assert ended.returncode == 2
+    assert "campaign.json: expected a campaign's identity as JSON, got" in ended.stderr
 
 
 def test_an_unknown_suite_names_those_there_are(built: Path) -> None:

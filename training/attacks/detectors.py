@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.attacks.pgd import margin, project
+from training.attacks.pgd import margin, project, start
 from training.attacks.problem import Problem
 from training.attacks.rule import unit
 from training.system import System
@@ -63,9 +63,9 @@ class _Search:
 
     def steps(self, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more."""
-        system, y, radius = self.problem.system, self.problem.labels, self.problem.epsilon
-        noise = torch.empty_like(self.best).uniform_(-radius, radius, generator=self.generator) * (not self.first)
-        self._next, self.first = (self.problem.pixels + noise).clamp(0, 255), False
+        system, y = self.problem.system, self.problem.labels
+        self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random=not self.first)
+        self.first = False
         for iteration in range(steps + 1):
             x = self._next.detach().requires_grad_()
             log_p, statistic, judged = system.evidence(x)

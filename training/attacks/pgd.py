@@ -45,12 +45,18 @@ def pgd(
 
     One step of 1.25 eps is the fast adversarial training of Wong et al. 2020.
     """
-    x = (pixels + torch.empty_like(pixels).uniform_(-epsilon, epsilon, generator=generator)).clamp(0, 255)
+    x = start(pixels, epsilon, generator)
     for _ in range(steps):
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(logits(x), y).sum(), x)
         x = project(x.detach() + step_size * gradient.sign(), pixels, epsilon)
     return x.detach()
+
+
+def start(pixels: Tensor, epsilon: float, generator: torch.Generator, random: bool = True) -> Tensor:
+    """A point drawn uniformly from the eps-ball; not `random`, the image itself, though as much is drawn of the generator."""
+    noise = torch.empty_like(pixels).uniform_(-epsilon, epsilon, generator=generator) * random
+    return (pixels + noise).clamp(0, 255)
 
 
 def project(x: Tensor, pixels: Tensor, epsilon: float) -> Tensor:
@@ -90,8 +96,7 @@ def margin_pgd(
     for restart in range(restarts):
         for todo in torch.nonzero((best_margin <= FOOLED) | (not until_fooled)).squeeze(1).split(batch_size):
             clean, labels = pixels[todo], y[todo]
-            noise = torch.empty_like(clean).uniform_(-epsilon, epsilon, generator=generator) * (restart > 0)
-            x = (clean + noise).clamp(0, 255)
+            x = start(clean, epsilon, generator, random=restart > 0)
             for iteration in range(steps + 1):
                 x.requires_grad_()
                 found = margin(logits(x), labels)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.ensemble import RuleName
-from training.attacks.pgd import margin, margin_pgd, project
+from training.attacks.pgd import margin, margin_pgd, project, start
 from training.attacks.problem import Problem
 
 
@@ -39,8 +39,7 @@ def reweighed(problem: Problem, steps: int, restarts: int, sharpness: float = 2.
     best = problem.pixels.clone()
     best_margin = torch.full((len(best),), -torch.inf, device=best.device)
     for restart in range(restarts):
-        noise = torch.empty_like(best).uniform_(-problem.epsilon, problem.epsilon, generator=generator) * (restart > 0)
-        x = (problem.pixels + noise).clamp(0, 255)
+        x = start(problem.pixels, problem.epsilon, generator, random=restart > 0)
         for iteration in range(steps + 1):
             x = x.detach().requires_grad_()
             log_p, votes = system.voting(x)

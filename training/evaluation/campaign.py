@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from models.bundle import Bundle
 from models.composition import compose
+from models.durable import replace_file
 from models.ensemble import is_finite
 from training.attacks.pgd import to_uint8
 from training.attacks.problem import Findings, Problem
@@ -217,11 +216,14 @@ class Campaign:
         path = self.folder / "campaign.json"
         if not path.is_file():
             write_whole(path, json.dumps(identity, indent=1).encode())
-        there = json.loads(path.read_text(encoding="utf-8"))  # which another process may have written at the same time
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))  # which another process may have written at the same time
+        except (TypeError, ValueError) as error:
+            raise CampaignRefused(f"{path}: expected a campaign's identity as JSON, got {error}; give another folder") from error
         if differing := [key for key in identity if identity[key] != there.get(key)]:
             key = differing[0]
             came = f"expected {key} {identity[key]}, got {there.get(key)}"
-            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another --out")
+            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another folder")
 
 
 def _restored(clean: Tensor, delta: Tensor) -> Tensor:
@@ -231,12 +233,4 @@ def _restored(clean: Tensor, delta: Tensor) -> Tensor:
 def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all, among processes that may write the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(path, data, shared=True)

@@ -66,17 +66,23 @@ THREAT_MODEL = (
 )
 
 
+def ledgers_of(campaign: Campaign, units: Sequence[Unit]) -> dict[str, Ledger]:
+    """What each member alone, and last the ensemble, answers to all that was tried on any of them."""
+    mains = full_and_members(campaign.bundle.manifest)
+    return {subject.name: ledger(campaign, campaign.system(subject).ensemble, units) for subject in mains}
+
+
 def build(
     campaign: Campaign,
     units: Sequence[Unit],
+    ledgers: Mapping[str, Ledger],
     commands: Sequence[str],
     queries: Sequence[Query] = (),
     deployment: Deployment | None = None,
 ) -> Card:
-    """The card of `full` and its members; with an ablation if every subset's units are among these."""
+    """The card of `full` and its members, of whom `ledgers` are; with an ablation if every subset's units are among `units`."""
     manifest = campaign.bundle.manifest
     mains = full_and_members(manifest)
-    ledgers = {subject.name: ledger(campaign, campaign.system(subject).ensemble, units) for subject in mains}
     counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
     systems = tuple(_system(campaign, subject, ledgers[subject.name], counted[subject.name]) for subject in mains)
     main = mains[-1].name

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from models.card import Card, Comparison, EqualSize
-from models.ensemble import Ensemble
 from training.evaluation.attack import open_campaign
 from training.evaluation.campaign import Campaign, Unit
 from training.evaluation.card import NO_CONTROL, compared
@@ -37,8 +33,13 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
         )
     if campaign.epsilon != control.epsilon:
         raise TrainingRefused(f"--control {args.control}: expected epsilon {campaign.epsilon:g}, got {control.epsilon:g}")
-    if not np.array_equal(campaign.images.pixels, control.images.pixels):
-        raise TrainingRefused(f"--control {args.control}: expected the images that the ensemble was attacked on, got others")
+    if campaign.splits.fingerprint != control.splits.fingerprint:  # whose training images may be these test images
+        raise TrainingRefused(
+            f"--control {args.control}: expected one made of the ensemble's images and splits, got one of "
+            f"{found.provenance.data_name}, divided otherwise"
+        )
+    if found.subject == campaign.bundle.manifest.subject:
+        raise TrainingRefused(f"--control {args.control}: expected another network than the ensemble's own, got the same")
     if (wanted := _parameters(campaign)) * SMALLER > (got := _parameters(control)):
         raise TrainingRefused(
             f"--control {args.control}: expected about the {wanted:,} parameters that all members of the ensemble have together, "
@@ -47,21 +48,27 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
     return control
 
 
-def finished(control: Campaign, bundle: Path) -> list[Unit]:
+def finished(control: Campaign, args: argparse.Namespace) -> list[Unit]:
     """All that `phalanx-train attack` does on the one network, or TrainingRefused."""
     units = list(control.units(full_and_members(control.bundle.manifest)))
     if left := sum(not control.done(unit) for unit in units):
+        elsewhere = f" --data {args.data}" * bool(args.data) + f" --out {args.control_out}" * bool(args.control_out)
         raise TrainingRefused(
             f"{control.folder}: expected all {len(units)} units done, got {left} that are not; attack the control first: "
-            f"phalanx-train attack {bundle} --suite {control.suite.name} --images {len(control.images)} --seed {control.seed}"
+            f"phalanx-train attack {args.control} --suite {control.suite.name} --images {len(control.images)} --seed {control.seed}"
+            f"{elsewhere}"
         )
     return units
 
 
-def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control: Campaign, control_units: Sequence[Unit]) -> Card:
-    """The card with the one network on it: what the ensemble is against it, and one safeguard less that is missing."""
-    mine, theirs = _counted(campaign, units), _counted(control, control_units)
-    label, _ = answer(_ensemble(control), control.clean("test")[0])
+def held_against(card: Card, campaign: Campaign, whole: Ledger, control: Campaign, units: Sequence[Unit]) -> Card:
+    """The card with the one network on it: what the ensemble is against it, and one safeguard less that is missing.
+
+    `whole` is the ensemble's ledger; `units` are the control's.
+    """
+    ensemble = control.system(full_and_members(control.bundle.manifest)[-1]).ensemble
+    mine, theirs = (each.where(lambda row: row.counts) for each in (whole, ledger(control, ensemble, units)))
+    label, _ = answer(ensemble, control.clean("test")[0])
     clean = share(label == control.splits.test.labels)
     full, name = card.headline.ensemble, control.bundle.manifest.name
     ahead = card.headline.clean.value - clean.value
@@ -75,7 +82,7 @@ def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control:
         compared=compared(full, name, mine.robust, theirs.robust, ahead),
         compared_rejecting_5=compared(full, name, mine.robust_at(REVIEW), theirs.robust_at(REVIEW), ahead),
     )
-    conjecture = f"{card.headline.conjecture} {_sentence(found.compared, card.n)}"
+    conjecture = f"{card.headline.conjecture} {sentence(found.compared, card.n)}"
     return card.model_copy(
         update={
             "equal_size": found,
@@ -85,21 +92,13 @@ def held_against(card: Card, campaign: Campaign, units: Sequence[Unit], control:
     )
 
 
-def _sentence(found: Comparison, n: int) -> str:
+def sentence(found: Comparison, n: int) -> str:
     """What the one network is, seen from the ensemble."""
-    said = "is as robust" if found.p_value >= 0.05 else "is more robust" if found.robust < 0 else "is less robust"
+    said = "shows no difference" if found.p_value >= 0.05 else "is more robust" if found.robust < 0 else "is less robust"
     return (
         f"One adversarially trained network as large as all members {said} ({-100 * found.robust:+.1f} points, "
         f"+{found.lost}/-{found.won} images, McNemar p = {found.p_value:.2g}, n = {n})."
     )
-
-
-def _ensemble(campaign: Campaign) -> Ensemble:
-    return campaign.system(full_and_members(campaign.bundle.manifest)[-1]).ensemble
-
-
-def _counted(campaign: Campaign, units: Sequence[Unit]) -> Ledger:
-    return ledger(campaign, _ensemble(campaign), units).where(lambda row: row.counts)
 
 
 def _parameters(campaign: Campaign) -> int:

@@ -138,7 +138,10 @@ class QueryCampaign:
         path = self.folder / "attack.json"
         if not path.is_file():
             write_whole(path, json.dumps(identity, indent=1).encode())
-        there = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise EndpointRefused(f"{path}: expected an attack's identity as JSON, got {error}; give another folder") from error
         for key, value in identity.items():
             if there.get(key) != value:
                 raise EndpointRefused(f"{self.folder} holds another attack: expected {key} {value}, got {there.get(key)}")

@@ -19,7 +19,7 @@ from models.ensemble import Decision, Ensemble, Verdict, decide
 from models.networks.edge import EdgeNetwork
 from training.evaluation import attack, equal_size
 from training.evaluation.campaign import ROUNDED, Campaign, Unit
-from training.evaluation.card import build
+from training.evaluation.card import build, ledgers_of
 from training.evaluation.html import Example, Said, render
 from training.evaluation.queries import kept_deployment, kept_queries
 from training.evaluation.subjects import controls, every_subset, full_and_members
@@ -42,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write card and report; nothing is attacked again."""
+    if args.control_out and not args.control:
+        raise TrainingRefused(f"--control-out {args.control_out}: expected --control BUNDLE beside it, got none")
     campaign = attack.open_campaign(args)
     units = finished(campaign)
     control = equal_size.open_control(args, campaign) if args.control else None
-    alone = equal_size.finished(control, args.control) if control else []  # a refusal comes before the figures are computed
-    card = build(campaign, units, commands(args), kept_queries(campaign), kept_deployment(campaign))
+    alone = equal_size.finished(control, args) if control else []  # a refusal comes before the figures are computed
+    ledgers = ledgers_of(campaign, units)
+    card = build(campaign, units, ledgers, commands(args), kept_queries(campaign), kept_deployment(campaign))
     if control:
-        card = equal_size.held_against(card, campaign, units, control, alone)
+        card = equal_size.held_against(card, campaign, ledgers[card.headline.ensemble], control, alone)
     replace_file(campaign.folder / CARD_FILE, encode_card(card))
     page = args.html or campaign.folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
