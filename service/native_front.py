@@ -72,6 +72,7 @@ class NativeServer:
                 keepalive_timeout_ms=self._options["grpc.keepalive_timeout_ms"],
                 keepalive_permit_without_calls=False,
                 reuse_port=bool(self._options["grpc.so_reuseport"]),
+                metrics=True,  # an end asks them what is still to be sent
             )
         except OSError as error:
             raise RuntimeError(f"cannot have {address}: {error}") from error
@@ -97,9 +98,11 @@ class NativeServer:
         rest, until = self._rest.stop(grace), time.monotonic() + (grace or 0.0)
 
         def end() -> None:
-            while self._calls and time.monotonic() < until:
-                time.sleep(LOOK_SECONDS)
             rest.wait()
+            under_way = True
+            while under_way and time.monotonic() < until:
+                under_way = bool(self._calls or self._unsent())
+                time.sleep(LOOK_SECONDS)  # after the last one, too: it may be on its way to the socket
             if self._front is not None:
                 self._front.close()
             for context in tuple(self._calls.values()):
@@ -109,6 +112,12 @@ class NativeServer:
 
         threading.Thread(target=end, name="native-front-end", daemon=True).start()
         return done
+
+    def _unsent(self) -> int:
+        """Calls of which something is still to be sent, refused ones included: closing the front would cut answers off."""
+        told = self._front.metrics() if self._front is not None else None
+        methods = told["methods"].values() if told is not None else ()
+        return sum(each["started"] - sum(ended["count"] for ended in each["status"].values()) for each in methods)
 
     def _take_in(self, front: NativeGrpcFront) -> None:
         methods = tuple(self._methods.values())
