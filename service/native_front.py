@@ -145,13 +145,13 @@ class NativeServer:
             said = f"received message larger than max ({len(content)} vs. {most})"  # as by grpcio
             tell(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, said))
         elif len(content) > QUICKLY_READ:
-            self._pool.submit(lambda: tell(_answered(inference, parse(content), context)))
+            self._pool.submit(lambda: tell(_answered(inference, lambda: parse(content), context)))
         elif isinstance(request := parse(content), Malformed):
             tell(inference.refused(request.error, context))
         elif len(self._calls) > 1 and inference.quick(request):
             inference.later(request, context, tell)
         else:
-            self._pool.submit(lambda: tell(_answered(inference, request, context)))
+            self._pool.submit(lambda: tell(_answered(inference, lambda: request, context)))
 
     def _tell(self, front: NativeGrpcFront, number: int, outcome: Message | Failure) -> None:
         """Write the answer; nobody may be there any more to read it. Called where nobody would hear of an error."""
@@ -169,11 +169,16 @@ class NativeServer:
             context.end()
 
 
-def _answered(inference: Inference[Any, Any], request: Any, context: _Context) -> Message | Failure:
+def _answered(inference: Inference[Any, Any], read: Callable[[], Any], context: _Context) -> Message | Failure:
     """In a thread of the pool, which has nobody to raise to."""
-    if isinstance(request, Malformed):
-        return inference.refused(request.error, context)
-    outcome: Message | Failure = inference.now(request, context)
+    try:
+        request = read()
+        if isinstance(request, Malformed):
+            return inference.refused(request.error, context)
+        outcome: Message | Failure = inference.now(request, context)
+    except Exception:  # with no memory for the message, say: a call that is not told anything would hold up the end, too
+        log.exception("a call that could not be begun")
+        return INTERNAL
     return outcome
 
 
