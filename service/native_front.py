@@ -72,6 +72,7 @@ class NativeServer:
                 keepalive_timeout_ms=self._options["grpc.keepalive_timeout_ms"],
                 keepalive_permit_without_calls=False,
                 reuse_port=bool(self._options["grpc.so_reuseport"]),
+                metrics=True,  # an end asks them what is still to be sent
             )
         except OSError as error:
             raise RuntimeError(f"cannot have {address}: {error}") from error
@@ -97,9 +98,11 @@ class NativeServer:
         rest, until = self._rest.stop(grace), time.monotonic() + (grace or 0.0)
 
         def end() -> None:
-            while self._calls and time.monotonic() < until:
-                time.sleep(LOOK_SECONDS)
             rest.wait()
+            under_way = True
+            while under_way and time.monotonic() < until:
+                under_way = bool(self._calls or self._unsent())
+                time.sleep(LOOK_SECONDS)  # after the last one, too: it may be on its way to the socket
             if self._front is not None:
                 self._front.close()
             for context in tuple(self._calls.values()):
@@ -109,6 +112,12 @@ class NativeServer:
 
         threading.Thread(target=end, name="native-front-end", daemon=True).start()
         return done
+
+    def _unsent(self) -> int:
+        """Calls of which something is still to be sent, refused ones included: closing the front would cut answers off."""
+        told = self._front.metrics() if self._front is not None else None
+        methods = told["methods"].values() if told is not None else ()
+        return sum(each["started"] - sum(ended["count"] for ended in each["status"].values()) for each in methods)
 
     def _take_in(self, front: NativeGrpcFront) -> None:
         methods = tuple(self._methods.values())
@@ -136,13 +145,13 @@ class NativeServer:
             said = f"received message larger than max ({len(content)} vs. {most})"  # as by grpcio
             tell(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, said))
         elif len(content) > QUICKLY_READ:
-            self._pool.submit(lambda: tell(_answered(inference, parse(content), context)))
+            self._pool.submit(lambda: tell(_answered(inference, lambda: parse(content), context)))
         elif isinstance(request := parse(content), Malformed):
             tell(inference.refused(request.error, context))
         elif len(self._calls) > 1 and inference.quick(request):
             inference.later(request, context, tell)
         else:
-            self._pool.submit(lambda: tell(_answered(inference, request, context)))
+            self._pool.submit(lambda: tell(_answered(inference, lambda: request, context)))
 
     def _tell(self, front: NativeGrpcFront, number: int, outcome: Message | Failure) -> None:
         """Write the answer; nobody may be there any more to read it. Called where nobody would hear of an error."""
@@ -160,11 +169,16 @@ class NativeServer:
             context.end()
 
 
-def _answered(inference: Inference[Any, Any], request: Any, context: _Context) -> Message | Failure:
+def _answered(inference: Inference[Any, Any], read: Callable[[], Any], context: _Context) -> Message | Failure:
     """In a thread of the pool, which has nobody to raise to."""
-    if isinstance(request, Malformed):
-        return inference.refused(request.error, context)
-    outcome: Message | Failure = inference.now(request, context)
+    try:
+        request = read()
+        if isinstance(request, Malformed):
+            return inference.refused(request.error, context)
+        outcome: Message | Failure = inference.now(request, context)
+    except Exception:  # with no memory for the message, say: a call that is not told anything would hold up the end, too
+        log.exception("a call that could not be begun")
+        return INTERNAL
     return outcome
 
 

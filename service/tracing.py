@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import grpc
 from opentelemetry.context import Context as Parent
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -34,6 +35,7 @@ from service.pb.phalanx.v1 import admin_pb2, defense_ensemble_pb2
 
 log = logging.getLogger(__name__)
 
+MOST_WAITING = 2048  # spans, where OTEL_BSP_MAX_QUEUE_SIZE does not say it
 EXPORT_SECONDS = 5.0  # for one batch of spans, and for all that wait when the server ends
 SILENT_SECONDS = 60.0  # between two lines about lost spans
 PARENT_KEYS = ("traceparent", "tracestate")  # of W3C Trace Context
@@ -64,7 +66,8 @@ class Tracing:
                 resource=Resource.create({**own, "process.pid": os.getpid()}).merge(OTELResourceDetector().detect()),
                 shutdown_on_exit=False,
             )
-            self._provider.add_span_processor(BatchSpanProcessor(Exporter(exporter, config.endpoint, metrics)))
+            room = int(os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE, MOST_WAITING))
+            self._provider.add_span_processor(Processor(Exporter(exporter, config.endpoint, metrics), room))
         except Exception as error:  # the SDK raises what its parsers raise
             raise ValueError(f"the environment's OTEL_ variables do not fit: {error}") from error
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
@@ -87,14 +90,39 @@ class Tracing:
         ending.join(min(timeout, EXPORT_SECONDS))
 
 
+class Processor(BatchSpanProcessor):
+    """The SDK's, which forgets without a count what finds no room in its queue: here such a span does not get there."""
+
+    def __init__(self, exporter: Exporter, room: int) -> None:
+        super().__init__(exporter, room)
+        self._spans, self._room = exporter, room
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self._spans.await_one(self._room):
+            super().on_end(span)
+
+
 class Exporter(SpanExporter):
-    """Another exporter, of whose failures operators hear. Asked by one thread."""
+    """Another exporter, of whose failures operators hear. Exports in one thread."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str, metrics: TracingMetrics) -> None:
         self._exporter, self._endpoint, self._metrics = exporter, endpoint, metrics
+        self._lock = threading.Lock()  # guards the counts
+        self._waiting = 0  # spans on their way here
         self._lost, self._last_line = 0, -math.inf
 
+    def await_one(self, room: int) -> bool:
+        """Count in a span that is to come; False, and it is lost, where so many are awaited already."""
+        with self._lock:
+            if self._waiting < room:
+                self._waiting += 1
+                return True
+        self._lose(1)
+        return False
+
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        with self._lock:
+            self._waiting -= len(spans)
         try:
             result = self._exporter.export(spans)
         except Exception:  # a span that cannot be encoded
@@ -108,11 +136,13 @@ class Exporter(SpanExporter):
 
     def _lose(self, spans: int) -> None:
         self._metrics.lost(spans)
-        self._lost += spans
-        now = time.monotonic()
-        if now - self._last_line >= SILENT_SECONDS:
-            log.warning("%d spans are lost: no collector takes them at %s within %g s", self._lost, self._endpoint, EXPORT_SECONDS)
-            self._lost, self._last_line = 0, now
+        with self._lock:
+            self._lost += spans
+            now = time.monotonic()
+            if now - self._last_line < SILENT_SECONDS:
+                return
+            lost, self._lost, self._last_line = self._lost, 0, now
+        log.warning("%d spans are lost: no collector takes them at %s within %g s", lost, self._endpoint, EXPORT_SECONDS)
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -272,7 +272,7 @@ class Seat:
         self.number = number
         self.due = 0.0  # when somebody is to be started, if nobody is here
         self._failures = 0
-        self._missed = 0
+        self._missed, self._heard = 0, 0  # pulses; the last answer before the last pulse was felt
         self._process: Any = None
         self._serving_since: float | None = None
         self._lock = threading.RLock()  # of who ends it
@@ -316,7 +316,7 @@ class Seat:
         threading.Thread(target=answer, args=(self._wishes, fulfil), name=f"wishes-{self.number}", daemon=True).start()
         said: Ready | Cannot = self.ask(Start(config, expected), START_SECONDS)
         if isinstance(said, Ready):
-            self._serving_since, self._missed = time.monotonic(), 0
+            self._serving_since, self._missed, self._heard = time.monotonic(), 0, 0
         else:
             self.end(DRAIN_MARGIN)
         return said
@@ -335,12 +335,15 @@ class Seat:
         return None
 
     def missed_pulses(self) -> int:
-        """How often in a row it has not answered, this time included. Counted, as a clock goes on while a machine sleeps."""
-        try:
+        """How often in a row it has not answered, this time included. Counted, as a clock goes on while a machine sleeps.
+
+        An answer to a scrape is one, too, however late: where scrapes take long, a pulse may never have its turn.
+        """
+        with contextlib.suppress(NoAnswer):
             self._asides.ask(Pulse(), SCRAPE_SECONDS)
-            self._missed = 0
-        except NoAnswer:
-            self._missed += 1
+        answered = self._asides.answered
+        self._missed = 0 if answered > self._heard else self._missed + 1
+        self._heard = answered
         return self._missed
 
     def kill(self) -> None:

@@ -24,8 +24,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.graph_cache import GraphCache
+from service.native_front import QUICKLY_READ, NativeServer
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from service.server import Server
+from service.server import Server, _options
+from service.servicers.health import DEFENSE_ENSEMBLE
+from service.servicers.native import DefenseEnsembleServicer
 from tests.bundles import write_tiny_bundle
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, request, serving
@@ -256,3 +259,22 @@ def test_an_expired_caller_in_a_batch_changes_nothing_for_its_mates(server: Runn
             for got, want in zip(mate.result(30).results, expected.results, strict=True):
                 assert got.classification.probabilities == pytest.approx(list(want.classification.probabilities), abs=1e-5)
     assert {call.result() for call in late} <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.OK}
+
+
+@pytest.mark.parametrize("size", [10, 2 * QUICKLY_READ], ids=["small", "large"])
+def test_a_message_for_which_there_is_no_memory_is_answered(server: Running, size: int) -> None:
+    """And does not hold up the end, as a call would that nobody answers."""
+
+    def parse(_: bytes) -> pb.ClassifyRequest:
+        raise MemoryError
+
+    with ThreadPoolExecutor(2) as pool:
+        front = NativeServer(pool, _options(server.server.catalogue.config))
+        front.add_inference(DEFENSE_ENSEMBLE, parse, DefenseEnsembleServicer(server.server._gate).classify)
+        port = front.add_insecure_port("127.0.0.1:0")
+        front.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            classify: Any = channel.unary_unary(f"/{DEFENSE_ENSEMBLE}/Classify")
+            with pytest.raises(grpc.RpcError, match="internal error"):
+                classify(bytes(size), timeout=5)
+            assert front.stop(10).wait(5)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from service.cli import main
+from service.config import Address
 from service.graph_cache import GraphCache
 from service.pb.inference.open_inference_pb2 import ServerReadyRequest
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
@@ -280,6 +282,60 @@ def test_draining_says_not_serving_first_and_answers_what_was_accepted(
         assert not draining.is_alive()
         with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
             running.native.Classify(request(random_pixels(1)))
+
+
+@contextmanager
+def relayed(address: Address, flowing: threading.Event) -> Iterator[str]:
+    """A way to the server for one connection, back from which nothing comes unless it flows."""
+
+    def relay(source: socket.socket, target: socket.socket, gate: threading.Event | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                if gate is not None:
+                    gate.wait()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection((address.host, address.port)) as server:
+
+        def accept() -> None:
+            client, _ = listening.accept()
+            with client:
+                back = threading.Thread(target=relay, args=(server, client, flowing))
+                back.start()
+                relay(client, server, None)
+                back.join()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        thread.join()
+
+
+@both
+def test_an_end_waits_for_an_answer_that_is_long_on_its_way(tiny_bundle: Path, graphs: GraphCache, front_end: str) -> None:
+    flowing = threading.Event()
+    flowing.set()
+    n = 12_000  # whose answer of 5.6 MB no buffer of the system holds
+    limits = {"max_images_per_request": n}
+    server = Server(configured(tiny_bundle, ensembles={"full": {}}, front_end=front_end, limits=limits), graphs)
+    options = [("grpc.max_receive_message_length", -1)]
+    with relayed(server.address, flowing) as address, grpc.insecure_channel(address, options) as channel:
+        grpc.channel_ready_future(channel).result(10)
+        flowing.clear()
+        accepted = defense_ensemble_pb2_grpc.DefenseEnsembleStub(channel).Classify.future(request(random_pixels(n)))
+        called = {"ensemble": "full", "method": "Classify"}
+        while not server.metrics.registry.get_sample_value("phalanx_request_seconds_count", called):
+            assert not accepted.done(), accepted.exception()
+            time.sleep(0.01)
+        draining = threading.Thread(target=server.drain)
+        draining.start()
+        draining.join(1.0)
+        assert draining.is_alive()
+        flowing.set()
+        assert len(accepted.result(10).results) == n
+        draining.join(5)
+        assert not draining.is_alive()
 
 
 @both

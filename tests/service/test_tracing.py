@@ -8,8 +8,9 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collected
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.config import InvalidConfig, load_config
@@ -32,7 +33,7 @@ from service.metrics import Metrics
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.server import CannotStart
-from service.tracing import EXPORT_SECONDS, Exporter, Trace
+from service.tracing import EXPORT_SECONDS, Exporter, Processor, Trace
 from tests.service.serving import Running, random_pixels, raw, request, serving
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-{flags}"
@@ -231,6 +232,36 @@ def test_lost_spans_are_counted_and_told_once_a_minute(deaf: str, caplog: pytest
     assert line.startswith(f"1 spans are lost: no collector takes them at {deaf}")
     assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "lost"}) == 3
     assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "exported"}) == 0
+
+
+class Slow(SpanExporter):
+    """Takes a batch when it is let."""
+
+    def __init__(self) -> None:
+        self.asked, self.let = threading.Event(), threading.Event()
+
+    def export(self, _: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.asked.set()
+        self.let.wait(SECONDS)
+        return SpanExportResult.SUCCESS
+
+
+def test_spans_that_find_no_room_behind_a_slow_collector_are_counted_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+    metrics, slow, room = Metrics(), Slow(), 600
+    provider = TracerProvider()
+    provider.add_span_processor(Processor(Exporter(slow, "http://slow", metrics.tracing()), room))
+    tracer = provider.get_tracer("test")
+    for _ in range(512):  # a batch
+        tracer.start_span("exported").end()
+    assert slow.asked.wait(SECONDS)
+    for _ in range(room + 70):
+        tracer.start_span("waits, or is lost").end()
+    assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "lost"}) == 70
+    slow.let.set()
+    provider.shutdown()
+    assert metrics.registry.get_sample_value("phalanx_spans_total", {"outcome": "exported"}) == 512 + room
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.tracing"]
+    assert line.startswith("1 spans are lost: no collector takes them at http://slow")
 
 
 def test_callers_cannot_write_to_the_log(
