@@ -146,17 +146,17 @@ class Batcher:
         with self._landed:
             self._landed.wait_for(lambda: not self._flights, None if end is None else max(0.0, end - time.monotonic()))
             self._receive_all()
-            abandoned = [*self._backlog]
-            for flight in self._flights:
-                abandoned += [share.request for share in flight.shares]
-                if flight.shares and flight.stop is not None:
-                    flight.stop.now()
+            flights = [flight for flight in self._flights if flight.shares]
+            abandoned = [*self._backlog, *(share.request for flight in flights for share in flight.shares)]
             finished = not self._flights and not abandoned
             self._backlog.clear()
             self._waiting.clear()
             self._inbox.put(None)  # the thread's own may just have been received here
         for request in abandoned:
             request.fail(Draining("this server shut down before the request was computed"))
+        for flight in flights:  # after that: who finds its run stopped takes its callers for gone
+            if flight.stop is not None:
+                flight.stop.now()
         return finished
 
     def _check(self, images: Images) -> None:

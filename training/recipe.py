@@ -93,6 +93,10 @@ SETTINGS: Mapping[MemberKind, tuple[str, ...]] = {
 """Keys of `settings:` that each defense's training loss reads."""
 
 
+UNDEFENDED: frozenset[MemberKind] = frozenset({"bayesian"})
+"""Kinds that may be trained on clean images alone."""
+
+
 class Recipe(Frozen):
     """A bundle's recipe. `epsilon` is the radius of the l-infinity ball in pixel units (4 means 4/255)."""
 
@@ -113,7 +117,7 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _hardened(self) -> Recipe:
         for name, member in self.members.items():
-            if name in ("metric", "edge", "adversarial") and member.attack is None:
+            if name not in UNDEFENDED and member.attack is None:
                 raise ValueError(f"member {name} is hardened by adversarial training: give it an `attack:` section")
         return self
 

@@ -22,11 +22,6 @@ class Line:
         self._lock = threading.Lock()
         self._asked, self._answered = 0, 0  # the last question's number, and that of the last answer
 
-    @property
-    def answered(self) -> int:
-        """The number of the last answer that came, in time or too late."""
-        return self._answered
-
     def ask(self, question: object, seconds: float) -> Any:
         """Raises NoAnswer after so many seconds, or where the other side is gone. Nothing is asked before the last question is
         answered: who does not answer shall not have them pile up.

@@ -33,7 +33,6 @@ from service.workers.worker import (
     Drain,
     Leave,
     Prepare,
-    Pulse,
     Ready,
     Scrape,
     Start,
@@ -47,6 +46,7 @@ log = logging.getLogger(__name__)
 START_SECONDS = 300.0
 SCRAPE_SECONDS = 2.0  # a worker that takes longer is left out of a scrape
 PULSE_SECONDS = 5.0  # between two questions whether a worker is alive
+BEAT_SECONDS = 2.0  # in which it has to answer that
 MOST_MISSED = 6  # of them in a row, then it is killed: some forty seconds
 DRAIN_MARGIN = 5.0  # beyond what the configuration allows for
 STEADY = 10.0  # seconds; the place of a worker that served so long is filled again at once
@@ -272,7 +272,7 @@ class Seat:
         self.number = number
         self.due = 0.0  # when somebody is to be started, if nobody is here
         self._failures = 0
-        self._missed, self._heard = 0, 0  # pulses; the last answer before the last pulse was felt
+        self._missed = 0  # pulses, in a row
         self._process: Any = None
         self._serving_since: float | None = None
         self._lock = threading.RLock()  # of who ends it
@@ -297,7 +297,7 @@ class Seat:
         pipes = []
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: until it has its own handlers, it ignores them
         try:
-            pipes += [spawn.Pipe() for _ in range(3)]
+            pipes += [spawn.Pipe() for _ in range(4)]
             its = tuple(end for _, end in pipes)
             process = spawn.Process(target=work, args=(self.number, verbose, *its), name=f"worker-{self.number}")
             process.start()
@@ -311,12 +311,12 @@ class Seat:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         for end in its:
             end.close()  # ours, so that the worker's end is the end of the line
-        (orders, _), (asides, _), (self._wishes, _) = pipes
-        self._orders, self._asides, self._process = Line(orders), Line(asides), process
+        (orders, _), (asides, _), (self._wishes, _), (pulses, _) = pipes
+        self._orders, self._asides, self._pulses, self._process = Line(orders), Line(asides), Line(pulses), process
         threading.Thread(target=answer, args=(self._wishes, fulfil), name=f"wishes-{self.number}", daemon=True).start()
         said: Ready | Cannot = self.ask(Start(config, expected), START_SECONDS)
         if isinstance(said, Ready):
-            self._serving_since, self._missed, self._heard = time.monotonic(), 0, 0
+            self._serving_since, self._missed = time.monotonic(), 0
         else:
             self.end(DRAIN_MARGIN)
         return said
@@ -335,15 +335,12 @@ class Seat:
         return None
 
     def missed_pulses(self) -> int:
-        """How often in a row it has not answered, this time included. Counted, as a clock goes on while a machine sleeps.
-
-        An answer to a scrape is one, too, however late: where scrapes take long, a pulse may never have its turn.
-        """
-        with contextlib.suppress(NoAnswer):
-            self._asides.ask(Pulse(), SCRAPE_SECONDS)
-        answered = self._asides.answered
-        self._missed = 0 if answered > self._heard else self._missed + 1
-        self._heard = answered
+        """How often in a row it has not answered, this time included. Counted, as a clock goes on while a machine sleeps."""
+        try:
+            self._pulses.ask(None, BEAT_SECONDS)
+            self._missed = 0
+        except NoAnswer:
+            self._missed += 1
         return self._missed
 
     def kill(self) -> None:
@@ -390,7 +387,7 @@ class Seat:
         self._failures += 1
 
     def _close_lines(self) -> None:
-        for line in (self._orders, self._asides, self._wishes):
+        for line in (self._orders, self._asides, self._wishes, self._pulses):
             line.close()
 
 

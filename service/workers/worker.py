@@ -64,16 +64,11 @@ class Scrape:
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """Answered by nothing: that it is answered is the answer."""
-
-
-@dataclass(frozen=True)
 class Drain:
     """Answer what is accepted, and stop. Comes beside the orders, as one of them may take long."""
 
 
-Aside = Scrape | Pulse | Drain
+Aside = Scrape | Drain
 
 
 @dataclass(frozen=True)
@@ -103,13 +98,15 @@ def work(
     orders: Connection[Any, Any],
     asides: Connection[Any, Any],
     wishes: Connection[Any, Any],
+    pulses: Connection[Any, Any],
 ) -> None:
-    """The whole life of a worker's process."""
+    """The whole life of a worker's process. Pulses are answered by nothing: that they are is the answer."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # a terminal sends them to all: they are the supervisor's to follow
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     worker = Worker(number, verbose, Line(wishes))
     threading.Thread(target=worker.answer_asides, args=(asides,), daemon=True).start()
+    threading.Thread(target=answer, args=(pulses, lambda _: None), daemon=True).start()
     answer(orders, worker.follow)
     worker.end()
 
@@ -156,8 +153,6 @@ class Worker:
         match aside:
             case Scrape():
                 return list(self._server.metrics.registry.collect()) if self._server is not None else []
-            case Pulse():
-                return None
             case Drain():
                 self._told_to_drain = True
                 self.end()

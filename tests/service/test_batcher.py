@@ -45,10 +45,12 @@ class GatedEngine:
         self.error: Exception | None = None
         self.before: Callable[[int], None] = lambda _: None  # gets the number of the run, from 1
         self.stopped: list[int] = []  # numbers of the runs that were stopped
+        self.stops: list[Stop | None] = []  # of the runs
 
     def run(self, images: Images, *, stop: Stop | None = None) -> Run:
         with self._lock:
             self.runs.append(len(images))
+            self.stops.append(stop)
             number = len(self.runs)
         self.callers.add(threading.get_ident())
         self.entered.release()
@@ -424,6 +426,18 @@ def test_what_cannot_be_drained_in_time_is_told_so(engine: GatedEngine, images: 
         for future in futures:
             with pytest.raises(Draining, match="shut down before"):
                 future.result(SECONDS)
+
+
+def test_callers_are_told_why_before_their_run_is_stopped_for_it(engine: GatedEngine, images: Images) -> None:
+    """Who finds its run stopped takes its callers for gone, and would tell them nothing else."""
+    with batcher(engine, max_batch_size=4) as queue, engine.held():
+        future, asked = queue.submit(images[:3]), list[bool]()
+        engine.await_run()
+        (stop,) = engine.stops
+        assert stop is not None
+        future.add_done_callback(lambda _: asked.append(stop.asked))
+        queue.drain(0.0)
+        assert (asked, stop.asked) == ([False], True)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.workers import supervisor
 from service.workers.gathered import GatheredMetrics
 from service.workers.lines import Line, NoAnswer, answer
-from service.workers.supervisor import MOST_MISSED, Seat
-from service.workers.worker import Scrape
+from service.workers.supervisor import Seat
 from tests.bundles import write_tiny_bundle
 from tests.service.serving import random_pixels, request
 
@@ -305,7 +304,7 @@ def test_a_port_whose_last_connections_linger_can_be_had(tmp_path: Path) -> None
 
 def test_a_worker_that_hangs_is_killed_and_another_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "PULSE_SECONDS", 0.1)
-    monkeypatch.setattr(supervisor, "SCRAPE_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "BEAT_SECONDS", 0.5)
     write(tmp_path / "phalanx.yaml", write_tiny_bundle(tmp_path / "bundle"), {"listen": "127.0.0.1:0"}, metrics="off", callers={})
     config = load_config(tmp_path / "phalanx.yaml", {})
     with supervisor.Supervisor(config, lambda: config) as workers:
@@ -408,31 +407,6 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one() -> None:
     assert not thread.is_alive()
     with pytest.raises(NoAnswer, match="ended"):
         line.ask("anybody", SECONDS)
-
-
-def test_a_worker_whose_scrapes_take_long_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "SCRAPE_SECONDS", 0.05)
-    ours, theirs = multiprocessing.Pipe()
-    seat, proceed = Seat(0), threading.Semaphore(0)
-    seat._asides = Line(ours)
-
-    def handle(question: object) -> None:
-        if isinstance(question, Scrape):
-            assert proceed.acquire(timeout=SECONDS)
-
-    thread = threading.Thread(target=answer, args=(theirs, handle))
-    thread.start()
-    seat.scrape()
-    for _ in range(MOST_MISSED + 1):
-        proceed.release()  # what was asked before is answered; what is asked next is not, for now
-        seat.scrape()
-        assert seat.missed_pulses() <= 1
-    assert [seat.missed_pulses() for _ in range(MOST_MISSED)][-1] >= MOST_MISSED  # now it says nothing
-    proceed.release()
-    seat._asides.ask("anything", SECONDS)
-    assert seat.missed_pulses() == 0
-    seat._asides.close()
-    thread.join(SECONDS)
 
 
 def test_series_of_all_workers_are_one_family_and_told_apart() -> None:

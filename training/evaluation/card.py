@@ -251,7 +251,7 @@ def _conjecture(comparisons: Sequence[Comparison], n: int, suite: str) -> str:
     best = comparisons[0]
     figures = f"{100 * best.robust:+.1f} points, +{best.won}/-{best.lost} images, McNemar p = {best.p_value:.2g}"
     if best.p_value >= 0.05:
-        said = "The conjecture did not hold against the adaptive attacker: the ensemble ties with its best member"
+        said = "The conjecture did not hold against the adaptive attacker: no difference is shown to the best member"
     elif best.robust > 0:
         said = "The conjecture held against the adaptive attacker: the ensemble is more robust than its best member"
     else:
