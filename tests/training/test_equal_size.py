@@ -98,6 +98,7 @@ def test_the_report_holds_the_ensemble_against_it(built: Path, control: Path, at
     assert NO_CONTROL not in card.missing
     assert "One adversarially trained network as large as all members" in card.headline.conjecture
     assert card.commands[-1].endswith(f"--control {control}")
+    assert [check.passed for check in card.checks if "the one network is finite" in check.name] == [True]
     assert found.bundle in (attacked[built] / "report.html").read_text(encoding="utf-8")
 
 

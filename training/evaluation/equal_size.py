@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from models.card import Card, Comparison, EqualSize
+from models.card import Card, Check, Comparison, EqualSize
 from training.evaluation.attack import open_campaign
 from training.evaluation.campaign import Campaign, Unit
 from training.evaluation.card import NO_CONTROL, compared
@@ -82,10 +82,19 @@ def held_against(card: Card, campaign: Campaign, whole: Ledger, control: Campaig
         compared=compared(full, name, mine.robust, theirs.robust, ahead),
         compared_rejecting_5=compared(full, name, mine.robust_at(REVIEW), theirs.robust_at(REVIEW), ahead),
     )
+    kept = [control.found(unit) for unit in units]
+    losses, gradients = sum(each.losses for each in kept), sum(each.gradients for each in kept)
+    finite = Check(
+        name="every loss and gradient of the one network is finite",
+        passed=losses + gradients == 0,
+        measured=f"{losses} losses and {gradients} gradients of an image were not",
+    )
     conjecture = f"{card.headline.conjecture} {sentence(found.compared, card.n)}"
     return card.model_copy(
         update={
             "equal_size": found,
+            "checks": (*card.checks, finite),
+            "commit": ", ".join(sorted({*card.commit.split(", "), *(each.commit for each in kept)})),
             "missing": tuple(lack for lack in card.missing if lack != NO_CONTROL),
             "headline": card.headline.model_copy(update={"conjecture": conjecture}),
         }

@@ -81,9 +81,10 @@ def finished(campaign: Campaign) -> list[Unit]:
 
 
 def commands(args: argparse.Namespace) -> list[str]:
-    """What to type to get these figures again."""
+    """What to type to get these figures again; where a folder lies is nobody else's business."""
     options = (
         f"--suite {args.suite}"
+        + (" --data FOLDER" if args.data else "")
         + (f" --images {args.images}" if args.images else "")
         + (f" --seed {args.seed}" if args.seed else "")
     )
