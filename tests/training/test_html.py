@@ -320,6 +320,13 @@ def page(markup: str) -> Page:
 CARD = whole_card()
 
 
+def test_masks_that_nobody_knows_are_told_with_the_draws_of_each_attack(page: Page) -> None:
+    told = page.sections["masks"]
+    assert "the fixed masks, known61.0%" in told
+    assert "1 draw59.3%" in told
+    assert "16 draws58.6%1,000, 10" in told
+
+
 @pytest.mark.parametrize(
     "section, part",
     [
