@@ -13,7 +13,7 @@ import torch
 
 from models.bundle import read_bundle, write_bundle
 from models.card import CARD_FILE, Card
-from tests.training.commands import SMOKE, phalanx_train
+from tests.training.commands import SMOKE, answered, phalanx_train
 from training.data import load_splits
 from training.evaluation import equal_size
 from training.evaluation.campaign import Campaign
@@ -106,14 +106,14 @@ def test_a_control_that_was_not_attacked_says_what_to_type(
     built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
 ) -> None:
     options = ("--data", "tests/data/eurosat", "--control", str(control), "--control-out", str(tmp_path))
-    ended = phalanx_train("report", str(built), *SMOKE, "--out", str(attacked[built]), *options)
+    ended = answered("report", str(built), *SMOKE, "--out", str(attacked[built]), *options)
     assert ended.returncode == 2
     command = f"phalanx-train attack {control} --suite smoke --images 8 --seed 0 --data tests/data/eurosat --out {tmp_path}"
     assert f"attack the control first: {command}\n" in ended.stderr
 
 
 def test_a_folder_for_no_control_is_not_passed_over(built: Path, tmp_path: Path) -> None:
-    ended = phalanx_train("report", str(built), *SMOKE, "--control-out", str(tmp_path))
+    ended = answered("report", str(built), *SMOKE, "--control-out", str(tmp_path))
     assert ended.returncode == 2
     assert f"--control-out {tmp_path}: expected --control BUNDLE beside it, got none" in ended.stderr
 

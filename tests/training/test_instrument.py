@@ -15,7 +15,7 @@ from models.bundle import read_bundle
 from models.card import CARD_FILE, Card, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
-from tests.training.commands import SMOKE, phalanx_train
+from tests.training.commands import SMOKE, answered, phalanx_train
 from training.attacks.masks import hears_masks
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
 from training.evaluation.card import build, ledgers_of, under_fresh_masks
@@ -165,7 +165,7 @@ def test_half_an_ablation_is_none(campaign: Campaign) -> None:
     ],
 )
 def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, arguments: tuple[str, ...], says: str) -> None:
-    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(folder), *arguments)
+    ended = answered("attack", str(built), *SMOKE, "--out", str(folder), *arguments)
     assert ended.returncode != 0
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -174,13 +174,13 @@ def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, 
 @pytest.mark.parametrize("content", [pytest.param("begun on Monday", id="no JSON"), pytest.param("[1, 2]", id="a list")])
 def test_a_folder_that_does_not_say_what_it_holds_is_refused(built: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "campaign.json").write_text(content)
-    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(tmp_path))
+    ended = answered("attack", str(built), *SMOKE, "--out", str(tmp_path))
     assert ended.returncode == 2
     assert "campaign.json: expected a campaign's identity as JSON, got" in ended.stderr
 
 
 def test_an_unknown_suite_names_those_there_are(built: Path) -> None:
-    ended = phalanx_train("attack", str(built), "--suite", "brutal")
+    ended = answered("attack", str(built), "--suite", "brutal")
     assert ended.returncode == 2
     assert "invalid choice: 'brutal'" in ended.stderr
     assert "standard" in ended.stderr
@@ -190,15 +190,15 @@ def test_weights_that_are_not_those_of_the_graph_are_not_attacked(built: Path, t
     copy = tmp_path / "bundle"
     shutil.copytree(built, copy)
     (copy / "edge.safetensors").write_bytes((copy / "metric.safetensors").read_bytes())
-    ended = phalanx_train("attack", str(copy), *SMOKE, "--out", str(tmp_path / "out"))
+    ended = answered("attack", str(copy), *SMOKE, "--out", str(tmp_path / "out"))
     assert ended.returncode == 2
     assert "edge.safetensors: expected SHA-256" in ended.stderr
 
 
 def test_a_report_of_half_a_campaign_says_what_is_missing(built: Path, tmp_path: Path) -> None:
-    ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(tmp_path), "--systems", "metric")
+    ended = answered("attack", str(built), *SMOKE, "--out", str(tmp_path), "--systems", "metric")
     assert ended.returncode == 0, ended.stderr
-    ended = phalanx_train("report", str(built), *SMOKE, "--out", str(tmp_path))
+    ended = answered("report", str(built), *SMOKE, "--out", str(tmp_path))
     assert ended.returncode == 2
     assert "phalanx-train attack done, got" in ended.stderr
 
@@ -208,7 +208,7 @@ def test_a_damaged_unit_is_named(built: Path, folder: Path, tmp_path: Path) -> N
     shutil.copytree(folder, copy)
     unit = copy / "units" / "full" / "margin-pgd" / "00000.safetensors"
     unit.write_bytes(unit.read_bytes()[:100])
-    ended = phalanx_train("report", str(built), *SMOKE, "--out", str(copy))
+    ended = answered("report", str(built), *SMOKE, "--out", str(copy))
     assert ended.returncode == 2
     assert "margin-pgd/00000.safetensors: expected a unit of this campaign" in ended.stderr
 

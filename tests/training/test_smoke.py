@@ -17,7 +17,7 @@ from service.graph import build_graph
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from tests.service.serving import serving
-from tests.training.commands import phalanx_train
+from tests.training.commands import answered, phalanx_train
 from training.system import Members, load_networks
 
 
@@ -109,7 +109,7 @@ def test_evaluate_prints_every_system_with_its_n(built: Path) -> None:
     ],
 )
 def test_a_clumsy_command_is_answered_in_one_sentence(arguments: list[str], says: str) -> None:
-    ended = phalanx_train(*arguments)
+    ended = answered(*arguments)
     assert ended.returncode != 0
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
