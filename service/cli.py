@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from service.own_version import own_version
 
 if TYPE_CHECKING:
     from service.config import ServiceConfig
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("phalanx", description=DESCRIPTION, epilog=EPILOG, formatter_class=plain)
-    parser.add_argument("--version", action="version", version=f"phalanx {_version()}")
+    parser.add_argument("--version", action="version", version=f"phalanx {own_version('(not installed)')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((word for word in arguments if not word.startswith("-")), None)
     commands: dict[str, Command] = {}
@@ -241,13 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
     args = parser.parse_args(arguments)
     return commands[args.command].run(args)
-
-
-def _version() -> str:
-    try:
-        return version("phalanx-ensemble")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 
-def own_version() -> str:
+def own_version(otherwise: str = "unknown") -> str:
+    """`otherwise` where it runs from a checkout that is not installed."""
     try:
         return version("phalanx-ensemble")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
+    except PackageNotFoundError:
+        return otherwise

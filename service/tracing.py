@@ -8,7 +8,6 @@ they are counted, and a line a minute tells how many. The SDK's own log is silen
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -32,6 +31,7 @@ from service.metrics import TracingMetrics
 from service.own_version import own_version
 from service.pb.inference import open_inference_pb2
 from service.pb.phalanx.v1 import admin_pb2, defense_ensemble_pb2
+from service.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class Exporter(SpanExporter):
 
     def __init__(self, exporter: SpanExporter, endpoint: str, metrics: TracingMetrics) -> None:
         self._exporter, self._endpoint, self._metrics = exporter, endpoint, metrics
-        self._lock = threading.Lock()  # guards the counts
+        self._lock = threading.Lock()  # guards _waiting
         self._waiting = 0  # spans on their way here
-        self._lost, self._last_line = 0, -math.inf
+        self._lost = Seldom()
 
     def await_one(self, room: int) -> bool:
         """Count in a span that is to come; False, and it is lost, where so many are awaited already."""
@@ -136,13 +136,8 @@ class Exporter(SpanExporter):
 
     def _lose(self, spans: int) -> None:
         self._metrics.lost(spans)
-        with self._lock:
-            self._lost += spans
-            now = time.monotonic()
-            if now - self._last_line < SILENT_SECONDS:
-                return
-            lost, self._lost, self._last_line = self._lost, 0, now
-        log.warning("%d spans are lost: no collector takes them at %s within %g s", lost, self._endpoint, EXPORT_SECONDS)
+        if lost := self._lost.due(spans, SILENT_SECONDS):
+            log.warning("%d spans are lost: no collector takes them at %s within %g s", lost, self._endpoint, EXPORT_SECONDS)
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

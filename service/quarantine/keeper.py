@@ -20,6 +20,7 @@ from service.metrics import QuarantineMetrics
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.quarantine.entry import Entry, now
 from service.quarantine.folder import Folder, Held
+from service.seldom import Seldom
 from service.witnesses import Answered
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Keeper:
         self._wanted = frozenset(int(Verdict[name.upper()]) for name in config.verdicts)
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(MOST_WAITING)  # None: no more will come
         self._refused = False  # whether the disk took nothing last time
-        self._untold, self._told_at = 0, 0.0  # unforeseen errors since the last line about them, and when that was
+        self._unforeseen, self._told_in_full = Seldom(), False  # errors; whether the first was told
         self._thread = threading.Thread(target=self._write_all, name="quarantine", daemon=True)
         self._thread.start()
 
@@ -128,14 +129,12 @@ class Keeper:
 
     def _tell_unforeseen(self, error: Exception) -> None:
         """The first in full, and then a line from time to time: a fault of ours may come with each image."""
-        self._untold += 1
-        if not self._told_at:
+        due = self._unforeseen.due(1, QUIET_SECONDS)
+        if not self._told_in_full:
             log.error("quarantine: an image that could not be written", exc_info=error)
-        elif time.monotonic() - self._told_at >= QUIET_SECONDS:
-            log.error("quarantine: %d more that could not be written, at last for %r", self._untold, error)
-        else:
-            return
-        self._untold, self._told_at = 0, time.monotonic()
+            self._told_in_full = True
+        elif due:
+            log.error("quarantine: %d more that could not be written, at last for %r", due, error)
 
 
 def _refuse_a_file(folder: Folder) -> None:

@@ -284,7 +284,7 @@ def _checks(
         left = float(ledger(campaign, campaign.system(naive[0].subject).ensemble, naive).robust.mean())
         measured = f"{left:.1%} left, at most {NAIVE_FALLS:.0%} expected"
         checks.append(_check("a naive soft vote of weak members falls", left <= NAIVE_FALLS, measured))
-    names = {entry.name for entry in campaign.suite.entries}
+    names = campaign.suite.names
     for entry, what, than in MORE_OF_THE_SAME:
         if entry in names and (more := _made(campaign, main, whole, entry)).rows:
             less, n = _made(campaign, main, whole, than), int(more.tried[0].sum())
@@ -292,11 +292,12 @@ def _checks(
             change = float(fewer.mean() - others.mean())
             measured = f"{100 * change:+.1f} points (n = {n}), 1 point expected at most"
             checks.append(_check(f"{what} change nothing", change <= SAME, measured))
+    plain = _made(campaign, main, whole, CONTROL)
     for entry in ("square", "noise", "longer-noise"):
         if entry in names:
             made = _made(campaign, main, whole, entry)
             n = int(made.tried[0].sum())
-            black, white = (float(side.first(n).robust.mean()) for side in (made, _made(campaign, main, whole, CONTROL)))
+            black, white = (float(side.first(n).robust.mean()) for side in (made, plain))
             measured = f"{black:.1%} against {white:.1%} left (n = {n})"
             checks.append(_check(f"{entry} does not beat the gradient", black >= white, measured))
     if curve := _curve(campaign, main, whole):
@@ -406,7 +407,7 @@ def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deploy
         missing.append("an undefended member as a positive control")
     if not controls(manifest):
         missing.append("a naive soft vote as a positive control")
-    names = {entry.name for entry in campaign.suite.entries}
+    names = campaign.suite.names
     if "longer-noise" not in names:
         missing.append("random noise of 10,000 draws on 50 images")
     if "longer-joint" not in names:

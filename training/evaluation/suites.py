@@ -73,6 +73,11 @@ class Suite:
     publishable: bool  # all that we have of the protocol's list; what is measured with less says so
 
     @property
+    def names(self) -> frozenset[str]:
+        """Of its attacks."""
+        return frozenset(entry.name for entry in self.entries)
+
+    @property
     def digest(self) -> str:
         """Of every attack and its settings: what was begun with others is not gone on with."""
         described = [f"{e.name} {_described(e.attack)} {e.epsilon_factor} {e.images} {e.sanity}" for e in self.entries]
