@@ -13,7 +13,19 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from models.bundle import Bundle
-from models.ensemble import Ensemble, Reading, RuleName, combine, decide, log_votes, read, reduce_masks, resolved, scores
+from models.ensemble import (
+    DetectorName,
+    Ensemble,
+    Reading,
+    RuleName,
+    combine,
+    decide,
+    log_votes,
+    read,
+    reduce_masks,
+    resolved,
+    scores,
+)
 from models.masks import draw_masks
 from models.networks import build_network
 from models.networks.bayesian import BayesianNetwork
@@ -102,7 +114,8 @@ class System:
         # Without the voters that the rule gives no share: the same probabilities for less work.
         self._speaking = replace(ensemble, voters=tuple(voter for voter in ensemble.voters if self.share(voter.name) > 0))
         self.log_probabilities = log_probabilities(self._speaking, members)
-        self._stairs = [_staircase(table, members.device) for table in ensemble.tables]
+        self._deciding = _deciding(ensemble, self._speaking)
+        self._stairs = [_staircase(table, members.device) for table in self._deciding.tables]
 
     def under(self, rule: RuleName) -> System:
         """The voters that have a share, with that share, under another rule."""
@@ -127,6 +140,14 @@ class System:
         if len(voters) == 1 and speaking.rule != RuleName.MAJORITY:
             return voters
         return (*voters, speaking.rule, *((speaking.alpha, speaking.scale) if speaking.rule == RuleName.MIXED else ()))
+
+    @property
+    def decided_by(self) -> tuple[object, ...]:
+        """All that its label and its verdict depend on; detectors that only tell are no part of it."""
+        deciding = self._deciding
+        voters = tuple((voter.name, voter.temperature) for voter in deciding.voters)
+        detectors = tuple((detector.name, detector.member) for detector in deciding.detectors)
+        return (self.heard, voters, detectors, deciding.masks, deciding.review_rate, deciding.reject_rate)
 
     def voting(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The system's log-probabilities (n, k), and those of each voter that has a share in them."""
@@ -162,23 +183,30 @@ class System:
         p-values are step functions of the scores; between two calibration scores the statistic is interpolated, and
         beyond the last it goes on as steeply as it rose over the last tenth, so that a caught image feels a way back.
         """
-        outputs = self.members.outputs(self.ensemble.members, pixels)
+        ensemble = self._deciding
+        outputs = self.members.outputs(ensemble.members, pixels)
         readings = _read_all(outputs)
-        votes = log_votes(self.ensemble, readings)
-        log_p = combine(self.ensemble, votes)
-        found = scores(self.ensemble, readings, votes, log_p)
+        votes = log_votes(ensemble, readings)
+        log_p = combine(ensemble, votes)
         statistic = torch.zeros_like(log_p[:, 0])
-        for detector, (knots, heights), score in zip(self.ensemble.detectors, self._stairs, found, strict=True):
-            if detector.decides:
-                statistic = statistic + _interpolated(knots, heights, score)
+        for (knots, heights), score in zip(self._stairs, scores(ensemble, readings, votes, log_p), strict=True):
+            statistic = statistic + _interpolated(knots, heights, score)
         with torch.no_grad():
-            decision = decide(self.ensemble, {name: output.detach() for name, output in outputs.items()})
+            decision = decide(ensemble, {name: output.detach() for name, output in outputs.items()})
         return log_p, statistic, Judged(decision.label, decision.p_value)
 
     def threshold(self, rate: Literal["review", "reject"]) -> float:
         """The statistic above which the verdict is at least SUSPECT (review), or REJECTED (reject)."""
         n, share = len(self.ensemble.combined), self.ensemble.review_rate if rate == "review" else self.ensemble.reject_rate
         return float(self.ensemble.combined[n - resolved(share, n)])
+
+
+def _deciding(ensemble: Ensemble, speaking: Ensemble) -> Ensemble:
+    """The same label and p-value from as little as they depend on; disagreement hears voters that have no share, too."""
+    kept = [(d, table) for d, table in zip(ensemble.detectors, ensemble.tables, strict=True) if d.decides]
+    everybody = any(detector.name == DetectorName.DISAGREEMENT for detector, _ in kept)
+    detectors, tables = tuple(detector for detector, _ in kept), tuple(table for _, table in kept)
+    return replace(ensemble if everybody else speaking, detectors=detectors, tables=tables)
 
 
 def _interpolated(knots: Tensor, heights: Tensor, score: Tensor) -> Tensor:

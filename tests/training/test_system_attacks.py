@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.ensemble import RuleName, decide
+from models.ensemble import DetectorName, RuleName, decide
 from models.networks import build_network
 from tests.training.toys import EPSILON, Linear, Masked, images, problem, system, weights
 from training.attacks.detectors import joint, orthogonal
@@ -234,9 +234,11 @@ def test_what_fab_finds_survives_being_rounded_to_whole_pixels() -> None:
     assert int((net(served).argmax(1) != y).sum()) >= 0.8 * int((net(found).argmax(1) != y).sum()) > 0
 
 
-def silent(rule: RuleName, share: dict[str, float], accurate: str = "") -> System:
+def silent(rule: RuleName, share: dict[str, float], accurate: str = "", detector: DetectorName | None = None) -> System:
     nets = {name: Linear(weights(seed, CLASSES), torch.zeros(CLASSES)) for seed, name in enumerate(share)}
-    return system(nets, CLASSES, rule, accurate=accurate, weights=share)
+    if detector is None:
+        return system(nets, CLASSES, rule, accurate=accurate, weights=share)
+    return system(nets, CLASSES, rule, images(200, seed=5), accurate, share, detector)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,29 @@ def test_a_voter_without_a_share_changes_nothing_of_an_attack(attack: Attack) ->
     assert torch.equal(attack(problem(with_it, pixels, y)), attack(problem(without, pixels, y)))
 
 
+SPEAKING, WITH_A_SILENT_ONE = {"a": 0.6, "b": 0.4}, {"a": 0.6, "b": 0.4, "c": 0.0}
+
+
+def test_a_silent_voter_changes_nothing_of_an_attack_on_a_detector_that_does_not_hear_it() -> None:
+    """Of Orthogonal PGD neither, but for rounding: margin and statistic have one gradient, and nothing is left beside it."""
+    pixels = images(10)
+    with_it, without = (silent(RuleName.WEIGHTED, share, detector=DetectorName.MARGIN) for share in (WITH_A_SILENT_ONE, SPEAKING))
+    assert with_it.decided_by == without.decided_by
+    y = without.judge(pixels).label
+    found = [joint(problem(toy, pixels, y), steps=10, weights=(0.5, 2.0)) for toy in (with_it, without)]
+    assert torch.equal(*found)
+
+
+def test_systems_that_vote_alike_may_still_decide_by_something_else() -> None:
+    """Disagreement hears whom the rule does not."""
+    with_it, without = (
+        silent(RuleName.WEIGHTED, share, detector=DetectorName.DISAGREEMENT) for share in (WITH_A_SILENT_ONE, SPEAKING)
+    )
+    other = silent(RuleName.WEIGHTED, SPEAKING, detector=DetectorName.MARGIN)
+    assert with_it.heard == without.heard == other.heard
+    assert len({system.decided_by for system in (with_it, without, other)}) == 3
+
+
 @pytest.mark.parametrize(
     ("rule", "share", "accurate"),
     [
@@ -273,3 +298,14 @@ def test_what_is_attacked_is_what_is_deployed_whoever_is_silent(rule: RuleName, 
     toy, pixels = silent(rule, share, accurate), images(20)
     deployed = decide(toy.ensemble, toy.members.outputs(toy.ensemble.members, pixels)).probabilities
     assert torch.allclose(toy.log_probabilities(pixels).exp(), deployed, atol=1e-6)
+
+
+@pytest.mark.parametrize("detector", [DetectorName.MARGIN, DetectorName.DISAGREEMENT])
+def test_an_attack_on_the_detectors_hears_what_is_deployed(detector: DetectorName) -> None:
+    toy, pixels = silent(RuleName.WEIGHTED, WITH_A_SILENT_ONE, detector=detector), images(100)
+    log_p, statistic, judged = toy.evidence(pixels)
+    deployed = decide(toy.ensemble, toy.members.outputs(toy.ensemble.members, pixels))
+    assert torch.allclose(log_p.exp(), deployed.probabilities, atol=1e-6)
+    assert torch.equal(judged.label, deployed.label)
+    assert torch.allclose(judged.p_value, deployed.p_value)
+    assert float((statistic - deployed.statistic).abs().median()) < 0.05  # a staircase made a slope

@@ -52,8 +52,9 @@ def system(
     clean: Tensor | None = None,
     accurate: str = "",
     weights: Mapping[str, float] | None = None,
+    detector: DetectorName = DetectorName.DISAGREEMENT,
 ) -> System:
-    """Every network votes, `accurate` as the accurate one; with clean images, disagreement is a detector calibrated on them."""
+    """Every network votes, `accurate` as the accurate one; with clean images, `detector` decides, calibrated on them."""
     members = Members({name: network.eval().requires_grad_(False) for name, network in networks.items()}, 0)
     share = weights or dict.fromkeys(networks, 1 / len(networks))
     voters = tuple(Voter(name, 1.0, "accurate" if name == accurate else "robust", share[name]) for name in networks)
@@ -62,7 +63,7 @@ def system(
         review_rate=0.05, reject_rate=0.01,
     )  # fmt: skip
     if clean is not None:
-        ensemble = _screened(ensemble, members, clean)
+        ensemble = _screened(ensemble, members, clean, detector)
     return System(ensemble, members)
 
 
@@ -70,10 +71,10 @@ def problem(toy: System, pixels: Tensor, labels: Tensor, epsilon: float = EPSILO
     return Problem(toy, pixels, labels, epsilon, seed=3)
 
 
-def _screened(ensemble: Ensemble, members: Members, clean: Tensor) -> Ensemble:
+def _screened(ensemble: Ensemble, members: Members, clean: Tensor, detector: DetectorName) -> Ensemble:
     outputs = {
         name: MemberOutputs(logits.log_softmax(dim=1).numpy().astype(np.float16))
         for name, logits in members.outputs(members.networks, clean).items()
     }
     known = CalibrationOutputs(outputs, np.full(len(clean), -1, np.int16))
-    return calibrate(replace(ensemble, detectors=(Detector(DetectorName.DISAGREEMENT),)), known)
+    return calibrate(replace(ensemble, detectors=(Detector(detector),)), known)

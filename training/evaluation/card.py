@@ -333,8 +333,12 @@ def _checks(
 
 def _mask_draws(campaign: Campaign, subject: Subject, units: Sequence[Unit]) -> tuple[float, float] | None:
     """Wrong and accepted, of the joint attack's images as served, under the masks they were made for and under fresh ones."""
-    joint = [unit for unit in units if unit.subject.name == subject.name and unit.entry.name == "joint"]
-    if not joint or not _stochastic(campaign):
+    entry = next((entry for entry in campaign.suite.entries if entry.name == "joint"), None)
+    if entry is None or not _stochastic(campaign):
+        return None
+    owner = campaign.owner(subject, entry).name
+    joint = [unit for unit in units if (unit.subject.name, unit.entry.name) == (owner, entry.name)]
+    if not joint:
         return None
     fixed, fresh = (compose(campaign.bundle, replace(subject.choice, masks=masks)) for masks in ("fixed", "fresh"))
     before, after = [], []

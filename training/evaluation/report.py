@@ -102,7 +102,7 @@ def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
     test, _ = campaign.clean("test")
     shown = set[int]()
     for unit in units:
-        if unit.subject.name != subject.name or not unit.entry.counts or len(shown) >= EXAMPLES:
+        if unit.subject != campaign.owner(subject, unit.entry) or not unit.entry.counts or len(shown) >= EXAMPLES:
             continue
         here = campaign.index[unit.start : unit.stop]
         clean = decide(ensemble, {name: output[..., here, :] for name, output in test.items()})

@@ -55,7 +55,7 @@ class Entry:
             case "features":
                 return "metric"
             case _:
-                return system.ensemble.name
+                return system.decided_by
 
     @property
     def counts(self) -> bool:
