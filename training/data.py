@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.bundle import Bundle
 from models.transparency import over_black
 from training.recipe import DataRecipe
 from training.refused import TrainingRefused
@@ -86,6 +87,18 @@ def load_splits(recipe: DataRecipe, source: str | None = None) -> Splits:
         digest.update(part.pixels.tobytes())
         digest.update(part.labels.tobytes())
     return Splits(fit, held_out, calibration, test, classes, _named(recipe, source), digest.hexdigest())
+
+
+def splits_of(bundle: Bundle, source: str | None, other_data: bool = False) -> Splits:
+    """The splits that a bundle was made with; other data is refused unless it is asked for."""
+    provenance = bundle.manifest.provenance
+    splits = load_splits(DataRecipe.model_validate(provenance.recipe["data"]), source)
+    if splits.fingerprint != provenance.data_fingerprint and not other_data:
+        raise TrainingRefused(
+            f"{splits.source}: expected the very images and splits that the bundle was made with ({provenance.data_name}); "
+            f"the test split of others may hold what it was trained on (evaluate --other-data scores them all the same)"
+        )
+    return splits
 
 
 def _named(recipe: DataRecipe, source: str | None) -> str:

@@ -6,11 +6,8 @@ import argparse
 import datetime
 import hashlib
 import importlib.metadata
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from training.calibrate import Fit, fit
 from training.data import Images, Splits, load_splits
 from training.loop import network_config, read_weights
 from training.onnx_export import check_parity, export_onnx
+from training.provenance import commit
 from training.recipe import Recipe, load_recipe
 from training.refused import TrainingRefused
 from training.system import Members, frozen_network
@@ -172,16 +170,3 @@ def _provenance(recipe: Recipe, splits: Splits) -> Provenance:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
-
-
-def commit() -> str:
-    """The commit of the code that runs, with `+changes` where the tree differs from it; `unknown` outside a checkout."""
-    root = str(resources.files("training"))
-    try:
-        described = subprocess.run(
-            ["git", "-C", root, "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
-            capture_output=True, text=True, check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()

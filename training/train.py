@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import io
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
+from training.children import end_with_parent
 from training.data import load_splits
 from training.lock import only_process
 from training.loop import train_member
@@ -96,9 +96,3 @@ def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> i
     if failed:
         print(f"not trained: {', '.join(failed)}; what they have reached is kept, run the same command to go on", file=sys.stderr)
     return 1 if failed else 0
-
-
-def end_with_parent() -> None:
-    """Called in a child before it begins: where its parent is killed, Linux sends it SIGTERM (prctl PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

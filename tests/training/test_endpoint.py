@@ -19,10 +19,9 @@ from service.graph_cache import GraphCache
 from tests.bundles import random_images, write_tiny_bundle
 from tests.service.serving import Running, random_pixels, serving
 from training.attacks.query import ATTACKS, QueryAttack, short_of_winning
-from training.data import Images
+from training.data import Images, splits_of
 from training.endpoint import Answers, Endpoint, EndpointRefused
 from training.evaluation.campaign import Campaign
-from training.evaluation.evaluate import splits_of
 from training.evaluation.queries import QueryCampaign, query_card, rescore
 from training.evaluation.subjects import full_and_members
 from training.evaluation.suites import suite
@@ -238,7 +237,7 @@ def test_a_folder_that_does_not_say_what_it_holds_is_refused(
     with Endpoint(address) as endpoint:
         begun = QueryCampaign(tmp_path, endpoint, manifest, images, QueryAttack("square", 4))
         (begun.folder / "attack.json").write_text(content)
-        with pytest.raises(EndpointRefused, match=r"attack.json: expected an attack's identity as JSON, got"):
+        with pytest.raises(EndpointRefused, match=r"attack.json: expected the identity of a kept attack as JSON, got"):
             QueryCampaign(tmp_path, endpoint, manifest, images, QueryAttack("square", 4))
 
 

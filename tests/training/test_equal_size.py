@@ -14,11 +14,10 @@ import torch
 from models.bundle import read_bundle, write_bundle
 from models.card import CARD_FILE, Card
 from tests.training.commands import SMOKE, answered, phalanx_train
-from training.data import load_splits
+from training.data import load_splits, splits_of
 from training.evaluation import equal_size
 from training.evaluation.campaign import Campaign
 from training.evaluation.card import NO_CONTROL, compared
-from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import REVIEW, ledger, mcnemar
 from training.evaluation.subjects import full_and_members

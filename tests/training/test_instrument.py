@@ -17,9 +17,9 @@ from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
 from tests.training.commands import SMOKE, answered, phalanx_train
 from training.attacks.masks import hears_masks
+from training.data import splits_of
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
 from training.evaluation.card import build, ledgers_of, under_fresh_masks
-from training.evaluation.evaluate import splits_of
 from training.evaluation.report import finished
 from training.evaluation.scores import ledger
 from training.evaluation.subjects import full_and_members
@@ -176,7 +176,7 @@ def test_a_folder_that_does_not_say_what_it_holds_is_refused(built: Path, tmp_pa
     (tmp_path / "campaign.json").write_text(content)
     ended = answered("attack", str(built), *SMOKE, "--out", str(tmp_path))
     assert ended.returncode == 2
-    assert "campaign.json: expected a campaign's identity as JSON, got" in ended.stderr
+    assert "campaign.json: expected the identity of a kept campaign as JSON, got" in ended.stderr
 
 
 def test_an_unknown_suite_names_those_there_are(built: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from models.bundle import Bundle, read_bundle
 from training.attacks.query import ATTACKS, QUERIES
+from training.children import end_with_parent
+from training.data import splits_of
 from training.evaluation.campaign import Campaign, Unit
-from training.evaluation.evaluate import splits_of
 from training.evaluation.queries import DISCLOSURES, through_endpoint
 from training.evaluation.scores import Ledger, ledger, share
 from training.evaluation.subjects import Subject, controls, full_and_members
@@ -21,7 +22,6 @@ from training.evaluation.suites import SUITES, suite
 from training.lock import only_process
 from training.progress import counted
 from training.refused import TrainingRefused
-from training.train import end_with_parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from training.attacks.problem import Findings, Problem
 from training.data import Images, Splits
 from training.evaluation.subjects import FULL, Subject, canonical
 from training.evaluation.suites import CONTROL, Entry, Suite
-from training.export import commit
+from training.provenance import commit
 from training.refused import TrainingRefused
 from training.system import Members, System, load_networks
 
@@ -213,21 +213,24 @@ class Campaign:
             "seed": self.seed,
             "images": hashlib.sha256(self.index.tobytes()).hexdigest(),
         }
-        path = self.folder / "campaign.json"
-        if not path.is_file():
-            write_whole(path, json.dumps(identity, indent=1).encode())
-        try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))  # which another process may have written at the same time
-        except (TypeError, ValueError) as error:
-            raise CampaignRefused(f"{path}: expected a campaign's identity as JSON, got {error}; give another folder") from error
-        if differing := [key for key in identity if identity[key] != there.get(key)]:
-            key = differing[0]
-            came = f"expected {key} {identity[key]}, got {there.get(key)}"
-            raise CampaignRefused(f"{self.folder} holds another campaign: {came}; give another folder")
+        claim(self.folder / "campaign.json", identity, "campaign", CampaignRefused)
 
 
 def _restored(clean: Tensor, delta: Tensor) -> Tensor:
     return (clean + delta.float()).clamp(0, 255)
+
+
+def claim(path: Path, identity: Mapping[str, object], what: str, refused: type[TrainingRefused]) -> None:
+    """Say in a file whose folder this is, `what` it holds (campaign, attack); refuse a folder that is another's."""
+    if not path.is_file():
+        write_whole(path, json.dumps(identity, indent=1).encode())
+    try:
+        there = dict(json.loads(path.read_text(encoding="utf-8")))  # which another process may have written at the same time
+    except (TypeError, ValueError) as error:
+        raise refused(f"{path}: expected the identity of a kept {what} as JSON, got {error}; give another folder") from error
+    for key, value in identity.items():
+        if there.get(key) != value:
+            raise refused(f"{path.parent} holds another {what}: expected {key} {value}, got {there.get(key)}; give another folder")
 
 
 def write_whole(path: Path, data: bytes) -> None:

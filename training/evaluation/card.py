@@ -39,7 +39,7 @@ from training.attacks.pgd import margin
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
 from training.evaluation.scores import REJECT, REVIEW, Bools, Ledger, Outcome, answer, ledger, mcnemar, share
 from training.evaluation.subjects import NAIVE, Subject, controls, every_subset, full_and_members, undefended
-from training.evaluation.suites import CONTROL, FRESH_MASKS
+from training.evaluation.suites import CONTROL
 from training.system import Members
 
 NOTHING_LEFT = 0.01  # what a large epsilon may leave: an attack that aims gets below chance
@@ -355,7 +355,7 @@ def under_fresh_masks(campaign: Campaign, subject: Subject, units: Sequence[Unit
         return
     fresh = compose(campaign.bundle, replace(subject.choice, masks="fresh"))
     system, entries = campaign.system(subject), campaign.suite.entries
-    averaging = [entry for entry in entries if entry.name.startswith(FRESH_MASKS) and entry.applies(system)]
+    averaging = [entry for entry in entries if entry.masks and entry.applies(system)]
     for entry in (*(e for e in entries if averaging and e.name == CONTROL), *averaging):
         owner = campaign.owner(subject, entry).name
         right = [
@@ -365,9 +365,8 @@ def under_fresh_masks(campaign: Campaign, subject: Subject, units: Sequence[Unit
             for outputs in _redrawn(campaign, unit)
         ]
         if right:
-            samples = 0 if entry.name == CONTROL else int(entry.name.rpartition("-")[2])
             every = np.concatenate(right)
-            yield MaskPoint(samples=samples, robust=float(every.mean()), n=len(every) // MASK_DRAWS, draws=MASK_DRAWS)
+            yield MaskPoint(samples=entry.masks, robust=float(every.mean()), n=len(every) // MASK_DRAWS, draws=MASK_DRAWS)
 
 
 def _stochastic(campaign: Campaign) -> list[str]:
@@ -418,7 +417,7 @@ def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deploy
         missing.append("more steps and starts of the joint attack, to see that they change nothing")
     if "joint-below-1%" not in names:
         missing.append("an attack that aims below the 1% threshold (the joint attack aims below that of 5%)")
-    if _stochastic(campaign) and not any(name.startswith(FRESH_MASKS) for name in names):
+    if _stochastic(campaign) and not any(entry.masks for entry in campaign.suite.entries):
         missing.append("attacks over fresh masks (the bundle serves fixed ones, and these are known to the attacker)")
     missing.append(NO_CONTROL)
     missing.append("several training seeds")

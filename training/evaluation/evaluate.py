@@ -20,8 +20,7 @@ from models.bundle import Bundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble, RuleName, decide
 from training.attacks.pgd import Logits, margin_pgd
-from training.data import Images, Splits, load_splits
-from training.recipe import DataRecipe
+from training.data import Images, splits_of
 from training.refused import TrainingRefused
 from training.step import step_generator
 from training.system import Members, load_networks, log_probabilities
@@ -81,18 +80,6 @@ def run(args: argparse.Namespace) -> int:
             json.dumps({"bundle": bundle.manifest.version, "settings": settings, **figures}, indent=1), encoding="utf-8"
         )
     return 0
-
-
-def splits_of(bundle: Bundle, source: str | None, other_data: bool = False) -> Splits:
-    """The splits that a bundle was made with; other data is refused unless it is asked for."""
-    provenance = bundle.manifest.provenance
-    splits = load_splits(DataRecipe.model_validate(provenance.recipe["data"]), source)
-    if splits.fingerprint != provenance.data_fingerprint and not other_data:
-        raise TrainingRefused(
-            f"{splits.source}: expected the very images and splits that the bundle was made with ({provenance.data_name}); "
-            f"the test split of others may hold what it was trained on (evaluate --other-data scores them all the same)"
-        )
-    return splits
 
 
 def clean_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, tuple[float, float]]:

@@ -29,7 +29,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from training.attacks.query import ATTACKS, Attacker, Over, OwnDraws, QueryAttack, distance_between
 from training.data import Images
 from training.endpoint import FLIGHTS, Endpoint, EndpointRefused, Pixels, parts_served
-from training.evaluation.campaign import ROUNDED, Campaign, Unit, write_whole
+from training.evaluation.campaign import ROUNDED, Campaign, Unit, claim, write_whole
 from training.evaluation.scores import REVIEW, answer, share
 from training.evaluation.subjects import canonical
 from training.progress import counted
@@ -135,16 +135,7 @@ class QueryCampaign:
             "epsilon": self.attack.epsilon,
             "seed": self.attack.seed,
         }
-        path = self.folder / "attack.json"
-        if not path.is_file():
-            write_whole(path, json.dumps(identity, indent=1).encode())
-        try:
-            there = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise EndpointRefused(f"{path}: expected an attack's identity as JSON, got {error}; give another folder") from error
-        for key, value in identity.items():
-            if there.get(key) != value:
-                raise EndpointRefused(f"{self.folder} holds another attack: expected {key} {value}, got {there.get(key)}")
+        claim(self.folder / "attack.json", identity, "attack", EndpointRefused)
 
 
 def query_card(campaign: QueryCampaign) -> Query:

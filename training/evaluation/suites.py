@@ -27,7 +27,6 @@ Aims = Literal["rule", "features", "everything"]
 
 CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 CONTROL = "margin-pgd"  # the attack that every system is put to, controls included
-FRESH_MASKS = "fresh-masks-pgd"  # of a name that ends with the number of draws
 FEW_IMAGES = 50  # of the noise with many draws
 
 
@@ -46,6 +45,7 @@ class Entry:
     images: int | None = None
     sanity: bool = False
     aims: Aims = "rule"
+    masks: int = 0  # draws that each step averages over, where it takes the masks to be unknown
 
     def identity(self, system: System) -> object:
         """Equal for two systems on which this attack would find the same images."""
@@ -134,7 +134,8 @@ def assembled(
     ]
     for samples in masks:  # the most of them for the figures, fewer to see whether those were enough
         unknown = partial(fresh_masks, steps=steps, samples=samples)
-        entries.append(Entry(f"{FRESH_MASKS}-{samples}", unknown, applies=hears_masks, sanity=samples < masks[-1]))
+        few = samples < masks[-1]
+        entries.append(Entry(f"fresh-masks-pgd-{samples}", unknown, applies=hears_masks, sanity=few, masks=samples))
     if fab:
         low = partial(joint, steps=steps, weights=weights, accepted_at="reject")
         entries.append(Entry("joint-below-1%", low, applies=screened, aims="everything"))
