@@ -33,7 +33,7 @@ Images = NDArray[np.uint8]  # (n, height, width, channels)
 Floats = NDArray[np.float32]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Images in one run of a CPU session. Larger runs are slower: two threads computed batches of 64 of the default bundle 14% faster
+# Images in one run of a CPU session. Larger runs are slower: two threads computed batches of 64 of bundle faa062501894 14% faster
 # in sixteens than in thirty-twos.
 MOST_AT_ONCE = 16
 _COLUMNS = [column.name for column in fields(Decision)]

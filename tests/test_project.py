@@ -132,7 +132,6 @@ def test_an_extra_that_is_not_installed_is_named(installed: Path, tmp_path: Path
     assert done.stderr.strip().endswith(f"needs another package: pip install 'phalanx-ensemble[{extra}]'")
 
 
-@pytest.mark.skipif(not (REPOSITORY / "models/bundles/eurosat").is_dir(), reason="the default bundle is not built yet")
 def test_the_installed_default_bundle_is_whole(installed: Path, tmp_path: Path) -> None:
     where = "from importlib.resources import files; print(files('models') / 'bundles' / 'eurosat')"
     bundle = run(installed / "python", "-c", where, cwd=tmp_path).strip()

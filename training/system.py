@@ -143,7 +143,7 @@ class System:
 
     @property
     def decided_by(self) -> tuple[object, ...]:
-        """All that its label and its verdict depend on; detectors that only tell are no part of it."""
+        """All that its label and its verdict depend on while every member is finite; detectors that only tell are no part of it."""
         deciding = self._deciding
         voters = tuple((voter.name, voter.temperature) for voter in deciding.voters)
         detectors = tuple((detector.name, detector.member) for detector in deciding.detectors)

@@ -76,6 +76,7 @@ Phalanx, Triton and MLServer with the same members on the same machine, asked by
 
 Images are random pixels, seed 0. {rounds} rounds of {facts["seconds"]:g} s a figure, mean ± standard deviation over the rounds;
 in a round the servers are asked in turns, each round beginning with another. A ratio is taken in each round, then averaged.
+A bundle is told by its version: the default may be another by now.
 **Client and servers share the cores**: what the client takes, no server has.
 
 * **Client**: perf_analyzer{client}, `--async`, gRPC, the same for all servers. It asks for every output that a model's metadata

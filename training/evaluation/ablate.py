@@ -1,4 +1,4 @@
-"""`phalanx-train ablate`: attack every subset of the members afresh, and say what each member adds."""
+"""`phalanx-train ablate`: attack every subset of the members, those that decide alike together, and say what each adds."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Campaign:
                         yield unit
 
     def owner(self, subject: Subject, entry: Entry) -> Subject:
-        """The first system for which this attack is the very same work: a voter without a share changes nothing."""
+        """The first system for which this attack is the same work: silent voters, and detectors that only tell, change nothing."""
         if subject.control:
             return subject
         key = entry.identity(self.system(subject))
@@ -143,7 +143,8 @@ class Campaign:
         tensors = {"delta": delta.cpu().contiguous()}
         for version, pixels in versions.items():
             tensors |= {f"{version}.{name}": output for name, output in self.outputs(pixels).items()}
-        odd = sum(int((~is_finite(tensors[f"{FLOAT}.{name}"])).sum()) for name in self.members.networks)
+        finite = [is_finite(tensors[f"{FLOAT}.{m}"]) & is_finite(tensors[f"{ROUNDED}.{m}"]) for m in self.members.networks]
+        odd = sum(int((~each).sum()) for each in finite)
         record = {
             "losses": findings.losses + odd,
             "gradients": findings.gradients,

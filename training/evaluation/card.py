@@ -499,7 +499,7 @@ def bootstrap(each: NDArray[np.float64]) -> Estimate:
 
 def _orthogonality(campaign: Campaign, mains: Sequence[Subject], counted: Mapping[str, Ledger]) -> Orthogonality:
     names = tuple(subject.name for subject in mains)
-    transfer = [[_fooled(counted[judge], maker) for judge in names] for maker in names]
+    transfer = [[_fooled(_made(campaign, maker, counted[judge], "pushed-margin-pgd")) for judge in names] for maker in mains]
     members = campaign.bundle.manifest.classifiers
     failed = [~counted[name].robust for name in members]
     correlation = [[_phi(a, b) for b in failed] for a in failed]
@@ -514,9 +514,8 @@ def _matrix(names: Sequence[str], values: Sequence[Sequence[float]], n: int) -> 
     return Matrix(names=tuple(names), values=tuple(tuple(float(v) for v in row) for row in values), n=n)
 
 
-def _fooled(judge: Ledger, maker: str) -> float:
-    """Of the images that the judge gets right, the share that is wrong under the pushed margin-PGD against `maker`."""
-    made = judge.where(lambda row: (row.against, row.entry) == (maker, "pushed-margin-pgd"))
+def _fooled(made: Ledger) -> float:
+    """Of the images that a system gets right, the share that is wrong under the attacks that were made."""
     return float((~made.robust)[made.right].mean()) if made.rows and made.right.any() else 0.0
 
 

@@ -25,7 +25,7 @@ from training.evaluation.queries import kept_deployment, kept_queries
 from training.evaluation.subjects import controls, every_subset, full_and_members
 from training.refused import TrainingRefused
 
-EXAMPLES = 6
+EXAMPLES, OF_EACH = 6, 2  # adversarial images on the page, and at most of one attack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,24 +96,29 @@ def commands(args: argparse.Namespace) -> list[str]:
 
 
 def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
-    """Images that the ensemble gets right, and what the attacks on it made of them: two of every attack that fooled it."""
+    """Images that the ensemble gets right and what the attacks on it made of them, two of each in the suite's order."""
     subject = full_and_members(campaign.bundle.manifest)[-1]
     ensemble, classes = campaign.system(subject).ensemble, campaign.bundle.manifest.classes
     test, _ = campaign.clean("test")
-    shown = set[int]()
-    for unit in units:
-        if unit.subject != campaign.owner(subject, unit.entry) or not unit.entry.counts or len(shown) >= EXAMPLES:
+    shown, of_entry = set[int](), dict[str, int]()
+    order = [entry.name for entry in campaign.suite.entries]
+    on_it = [unit for unit in units if unit.entry.counts and unit.subject == campaign.owner(subject, unit.entry)]
+    for unit in sorted(on_it, key=lambda unit: (order.index(unit.entry.name), unit.start)):
+        entry = unit.entry.name
+        wanted = min(OF_EACH - of_entry.get(entry, 0), EXAMPLES - len(shown))
+        if wanted == 0:
             continue
         here = campaign.index[unit.start : unit.stop]
         clean = decide(ensemble, {name: output[..., here, :] for name, output in test.items()})
         attacked = decide(ensemble, campaign.found(unit).outputs[ROUNDED])
         labels = campaign.splits.test.labels[here]
         fooled = np.flatnonzero((clean.label == labels) & (attacked.label != labels))
-        for i in [int(i) for i in fooled if int(here[i]) not in shown][:2]:
+        for i in [int(i) for i in fooled if int(here[i]) not in shown][:wanted]:
             shown.add(int(here[i]))
+            of_entry[entry] = of_entry.get(entry, 0) + 1
             adversarial = campaign.adversarial(unit, ROUNDED)[i]
             yield Example(
-                attack=unit.entry.name,
+                attack=entry,
                 truth=classes[int(labels[i])],
                 clean_said=_said(classes, clean, i),
                 adversarial_said=_said(classes, attacked, i),
