@@ -22,7 +22,7 @@ from training.evaluation.campaign import ROUNDED, Campaign, Unit
 from training.evaluation.card import build, ledgers_of
 from training.evaluation.html import Example, Said, render
 from training.evaluation.queries import kept_deployment, kept_queries
-from training.evaluation.subjects import controls, every_subset, full_and_members
+from training.evaluation.subjects import Subject, controls, every_subset, full_and_members
 from training.refused import TrainingRefused
 
 EXAMPLES, OF_EACH = 6, 2  # adversarial images on the page, and at most of one attack
@@ -101,9 +101,7 @@ def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
     ensemble, classes = campaign.system(subject).ensemble, campaign.bundle.manifest.classes
     test, _ = campaign.clean("test")
     shown, of_entry = set[int](), dict[str, int]()
-    order = [entry.name for entry in campaign.suite.entries]
-    on_it = [unit for unit in units if unit.entry.counts and unit.subject == campaign.owner(subject, unit.entry)]
-    for unit in sorted(on_it, key=lambda unit: (order.index(unit.entry.name), unit.start)):
+    for unit in against(campaign, subject, units):
         entry = unit.entry.name
         wanted = min(OF_EACH - of_entry.get(entry, 0), EXAMPLES - len(shown))
         if wanted == 0:
@@ -127,6 +125,13 @@ def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
                 seen=_seen(campaign, adversarial),
                 votes=_votes(ensemble, classes, attacked, i),
             )
+
+
+def against(campaign: Campaign, subject: Subject, units: Sequence[Unit]) -> list[Unit]:
+    """Of these units those that are attacks on this system, or are the same work, in the suite's order."""
+    order = [entry.name for entry in campaign.suite.entries]
+    on_it = [unit for unit in units if unit.entry.counts and unit.subject == campaign.owner(subject, unit.entry)]
+    return sorted(on_it, key=lambda unit: (order.index(unit.entry.name), unit.start))
 
 
 def _said(classes: Sequence[str], decision: Decision, i: int) -> Said:
