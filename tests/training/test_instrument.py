@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +20,10 @@ from tests.training.commands import SMOKE, answered, phalanx_train
 from training.attacks.masks import hears_masks
 from training.data import splits_of
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
-from training.evaluation.card import build, ledgers_of, under_fresh_masks
-from training.evaluation.report import EXAMPLES, OF_EACH, against, examples, finished
+from training.evaluation.card import ablated_on, build, ledgers_of, under_fresh_masks
+from training.evaluation.report import EXAMPLES, OF_EACH, against, commands, examples, finished
 from training.evaluation.scores import ledger
-from training.evaluation.subjects import full_and_members
+from training.evaluation.subjects import controls, every_subset, full_and_members
 from training.evaluation.suites import assembled, suite
 from training.system import Members, load_networks
 
@@ -167,10 +168,45 @@ def test_half_an_ablation_is_none(campaign: Campaign) -> None:
     assert "an ablation of every subset" in card.missing
 
 
+def test_a_campaign_grows_and_an_ablation_may_stop_before_it(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every subset on two images, then the ensemble and its members on four."""
+    monkeypatch.setattr("training.evaluation.campaign.UNIT", 2)
+    few = assembled("few", images=4, steps=2, restarts=1, apgd=1, targets=1, queries=2, draws=1, weights=(1.0,), curve=0)
+    bundle = read_bundle(built)
+    mains = [*full_and_members(bundle.manifest), *controls(bundle.manifest)]
+    begun, grown = (Campaign(tmp_path, bundle, splits_of(bundle, None), few, n, 0, torch.device("cpu")) for n in (2, 4))
+    for unit in begun.units([*mains, *every_subset(bundle.manifest)]):
+        begun.attack(unit)
+    assert [(unit.start, unit.stop) for unit in grown.units(mains) if not grown.done(unit)] == [
+        (2, 4) for unit in grown.units(mains) if unit.start == 2
+    ]
+    for unit in grown.units(mains):
+        if not grown.done(unit):
+            grown.attack(unit)
+
+    units = finished(grown)
+    assert (ablated_on(begun, finished(begun)), ablated_on(grown, units)) == (2, 2)
+    first, whole = (build(c, finished(c), ledgers_of(c, finished(c)), ()) for c in (begun, grown))
+    assert (first.n, whole.n) == (2, 4)
+    assert first.ablation is not None
+    assert whole.ablation == first.ablation
+    assert {attack.robust.n for attack in whole.systems[-1].attacks} == {2, 4}  # what was made against a subset is of two
+    assert "an ablation on 300 images (it has 2)" in whole.missing
+
+
+def test_what_to_type_again_says_how_many_images_each_part_had() -> None:
+    args = argparse.Namespace(suite="quick", data="here", seed=0, bundle=Path("b"), control=None)
+    assert commands(args, 1000, 300) == [
+        "phalanx-train attack b --suite quick --data FOLDER --images 1000",
+        "phalanx-train ablate b --suite quick --data FOLDER --images 300",
+        "phalanx-train report b --suite quick --data FOLDER --images 1000",
+    ]
+    assert not any("ablate" in line for line in commands(args, 1000, 0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        pytest.param(("--images", "4"), "holds another campaign: expected n 4, got 8", id="other images in a folder in use"),
         pytest.param(("--seed", "1"), "holds another campaign: expected seed 1, got 0", id="another seed in a folder in use"),
         pytest.param(("--systems", "everything"), "no system everything; there are adversarial", id="a system misspelt"),
         pytest.param(("--shard", "3/2"), "expected I/N with 1 <= I <= N", id="a share that is none"),
@@ -220,13 +256,13 @@ def test_a_report_of_half_a_campaign_says_what_is_missing(built: Path, tmp_path:
 def test_a_damaged_unit_is_named(built: Path, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "campaign"
     shutil.copytree(folder, copy)
-    unit = copy / "units" / "full" / "margin-pgd" / "00000.safetensors"
+    unit = copy / "units" / "full" / "margin-pgd" / "00000-00008.safetensors"
     unit.write_bytes(unit.read_bytes()[:100])
     ended = answered("report", str(built), *SMOKE, "--out", str(copy))
     assert ended.returncode == 2
-    assert "margin-pgd/00000.safetensors: expected a unit of this campaign" in ended.stderr
+    assert "margin-pgd/00000-00008.safetensors: expected a unit of this campaign" in ended.stderr
 
 
 def test_a_campaign_says_what_it_is_about(folder: Path) -> None:
     said = json.loads((folder / "campaign.json").read_text(encoding="utf-8"))
-    assert (said["n"], said["suite"], said["seed"]) == (8, "smoke", 0)
+    assert (said["suite"], said["seed"]) == ("smoke", 0)

@@ -32,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", choices=SUITES, default="quick",
         help="smoke: seconds, proves nothing; quick: minutes; standard: hours, for figures to publish (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, help="test images, the first n of a seeded shuffle (default: the suite's)")
+    parser.add_argument(
+        "--images", type=int,
+        help="test images, the first n of a seeded shuffle; a campaign goes on with more (default: the suite's)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of every start (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="the campaign's folder (default: runs/attacks/BUNDLE-SUBJECT-SUITE-nIMAGES)")
+    parser.add_argument("--out", type=Path, help="the campaign's folder (default: runs/attacks/BUNDLE-SUBJECT-SUITE)")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="attack these only: full, or members by name")
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N",
@@ -94,12 +97,12 @@ def open_campaign(args: argparse.Namespace) -> Campaign:
     if not 0 < epsilon <= 255:
         raise TrainingRefused(f"{args.bundle}: expected an epsilon in (0, 255] in its provenance, got {epsilon:g}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Campaign(folder_of(args, bundle, images), bundle, splits, chosen, min(images, len(splits.test)), args.seed, device)
+    return Campaign(folder_of(args, bundle), bundle, splits, chosen, min(images, len(splits.test)), args.seed, device)
 
 
-def folder_of(args: argparse.Namespace, bundle: Bundle, images: int) -> Path:
+def folder_of(args: argparse.Namespace, bundle: Bundle) -> Path:
     """`--out`, or a folder that names what the campaign is about."""
-    named = f"{bundle.manifest.name}-{bundle.manifest.subject}-{args.suite}-n{images}"
+    named = f"{bundle.manifest.name}-{bundle.manifest.subject}-{args.suite}"
     return args.out or Path("runs") / "attacks" / named
 
 

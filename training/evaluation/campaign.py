@@ -4,6 +4,7 @@ One folder holds one campaign. A unit is one attack on one system over a few ima
 images and what every member of the bundle answers to them, so that every figure, of every system, can be computed
 again, and every system is also judged on what was made against the others. A killed run goes on at the next unit;
 several processes, or machines that share the folder (or have theirs copied together), take a shard of the units each.
+More images are more units: the first of them are the same, whatever a campaign was begun with.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Unit:
 
     @property
     def file(self) -> str:
-        return f"{self.subject.name}/{self.entry.name}/{self.start:05d}.safetensors"
+        return f"{self.subject.name}/{self.entry.name}/{self.start:05d}-{self.stop:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Found:
 
 
 class Campaign:
-    """A folder of units, tied to one bundle, one choice of images, one suite and one seed."""
+    """A folder of units, tied to one bundle, shuffle of the test images, suite and seed; seen over the first `images`."""
 
     def __init__(
         self, folder: Path, bundle: Bundle, splits: Splits, suite: Suite, images: int, seed: int, device: torch.device
@@ -84,12 +85,13 @@ class Campaign:
         self.folder, self.bundle, self.suite, self.seed, self.splits = folder, bundle, suite, seed, splits
         self.epsilon = bundle.manifest.provenance.epsilon
         self.members = Members(load_networks(bundle, device), bundle.manifest.masks.seed)
-        self.index = np.random.default_rng(seed).permutation(len(splits.test))[:images]
+        shuffle = np.random.default_rng(seed).permutation(len(splits.test))
+        self.index = shuffle[:images]
         self.images = splits.test.take(self.index)
         self._systems: dict[str, System] = {}
         self._found: dict[str, Found] = {}  # of units that were read: every ledger asks for all of them
         self._clean: dict[str, Outputs] = {}
-        self._claim()
+        self._claim(shuffle)
 
     def system(self, subject: Subject) -> System:
         """A subject's ensemble over this bundle's members."""
@@ -201,18 +203,17 @@ class Campaign:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CampaignRefused(f"{path}: expected a unit of this campaign, got {error}; delete it to do it again") from error
 
-    def _claim(self) -> None:
+    def _claim(self, shuffle: NDArray[np.int64]) -> None:
         """Say whose folder this is; refuse one that is another campaign's."""
         manifest = self.bundle.manifest
         identity = {
             "bundle": f"{manifest.name} {manifest.subject}",
             "data": self.splits.fingerprint,
-            "n": len(self.index),
             "epsilon": self.epsilon,
             "suite": self.suite.name,
             "attacks": self.suite.digest,
             "seed": self.seed,
-            "images": hashlib.sha256(self.index.tobytes()).hexdigest(),
+            "images": hashlib.sha256(shuffle.tobytes()).hexdigest(),
         }
         claim(self.folder / "campaign.json", identity, "campaign", CampaignRefused)
 

@@ -47,6 +47,7 @@ CONTROL_FALLS = 0.01  # what may be left of an undefended member
 NAIVE_FALLS = 0.10  # and of a naive soft vote
 SAME = 0.01  # figures this close agree: more steps, more starts
 MASK_DRAWS = 10
+FEW_ABLATED = 300  # images that an ablation has at least
 FEW = 0.03  # what an attack may lose when the masks it knew are drawn anew
 GRADIENT_IMAGES = 200
 BOOTSTRAPS = 2000
@@ -80,15 +81,13 @@ def build(
     queries: Sequence[Query] = (),
     deployment: Deployment | None = None,
 ) -> Card:
-    """The card of `full` and its members, of whom `ledgers` are; with an ablation if every subset's units are among `units`."""
+    """The card of `full` and its members, of whom `ledgers` are; with an ablation on as many images as every subset met."""
     manifest = campaign.bundle.manifest
     mains = full_and_members(manifest)
     counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
     systems = tuple(_system(campaign, subject, ledgers[subject.name], counted[subject.name]) for subject in mains)
     main = mains[-1].name
-    subsets = every_subset(manifest)
-    done = {unit.file for unit in units}
-    ablated = len(subsets) > 1 and all(unit.file in done for unit in campaign.units(subsets))
+    ablated = ablated_on(campaign, units)
     comparisons = _comparisons(systems, counted)
     masks = tuple(under_fresh_masks(campaign, mains[-1], units))
     card = systems[-1]
@@ -120,7 +119,7 @@ def build(
         fresh_masks=masks,
         checks=tuple(_checks(campaign, ledgers, counted, units, masks, deployment)),
         oblivious=tuple(_oblivious(counted[main], manifest.classifiers)),
-        ablation=_ablation(campaign, subsets, units) if ablated else None,
+        ablation=_ablation(campaign, units, ablated) if ablated else None,
         orthogonality=_orthogonality(campaign, mains, counted) if len(mains) > 1 else None,
         queries=tuple(queries),
         deployment=deployment,
@@ -393,7 +392,7 @@ def _check(name: str, passed: bool, measured: str) -> Check:
     return Check(name=name, passed=passed, measured=measured)
 
 
-def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deployment: Deployment | None) -> list[str]:
+def _missing(campaign: Campaign, ablated: int, queries: Sequence[Query], deployment: Deployment | None) -> list[str]:
     """What a published figure has, and this one has not."""
     missing, manifest = [], campaign.bundle.manifest
     if not campaign.suite.publishable:
@@ -402,6 +401,8 @@ def _missing(campaign: Campaign, ablated: bool, queries: Sequence[Query], deploy
         missing.append(f"1,000 images (these are {len(campaign.images)})")
     if not ablated:
         missing.append("an ablation of every subset")
+    elif ablated < min(FEW_ABLATED, len(campaign.images)):
+        missing.append(f"an ablation on {FEW_ABLATED} images (it has {ablated})")
     if not queries:
         missing.append("query attacks on the running server")
     if deployment is None:
@@ -438,13 +439,21 @@ def _oblivious(full: Ledger, members: Sequence[str]) -> list[Oblivious]:
 # Ablation
 
 
-def _ablation(campaign: Campaign, subsets: Sequence[Subject], units: Sequence[Unit]) -> Ablation:
-    classifiers = campaign.bundle.manifest.classifiers
+def ablated_on(campaign: Campaign, units: Sequence[Unit]) -> int:
+    """How many of the campaign's images, counted from the first, every subset met all its attacks on; 0 if there is one member."""
+    subsets, done = every_subset(campaign.bundle.manifest), {unit.file for unit in units}
+    missed = (unit.start for unit in campaign.units(subsets) if unit.file not in done)
+    return min(missed, default=len(campaign.images)) if len(subsets) > 1 else 0
+
+
+def _ablation(campaign: Campaign, units: Sequence[Unit], n: int) -> Ablation:
+    """Of the first n images: further ones were attacked through some subsets only."""
+    classifiers, subsets = campaign.bundle.manifest.classifiers, every_subset(campaign.bundle.manifest)
     members = {subject.name: tuple(sorted(set(classifiers) - set(subject.choice.without))) for subject in subsets}
     rows, values = [], dict[tuple[str, str, tuple[str, ...]], Bools]()
     for subject in subsets:
         ensemble, names = campaign.system(subject).ensemble, members[subject.name]
-        adaptive = ledger(campaign, ensemble, units).where(lambda row: row.counts)
+        adaptive = ledger(campaign, ensemble, units).first(n).where(lambda row: row.counts)
         oblivious = adaptive.where(lambda row: row.against in classifiers)
         test = answer(ensemble, campaign.clean("test")[0])[0] == campaign.splits.test.labels
         robust, rejecting = share(adaptive.robust), share(adaptive.robust_at(REVIEW))
@@ -460,7 +469,7 @@ def _ablation(campaign: Campaign, subsets: Sequence[Subject], units: Sequence[Un
         for figure in ("clean", "robust", "rejecting_5")
         for member in classifiers
     ]
-    return Ablation(suite=campaign.suite.name, n=len(campaign.images), subsets=tuple(rows), worths=tuple(worths))
+    return Ablation(suite=campaign.suite.name, n=n, subsets=tuple(rows), worths=tuple(worths))
 
 
 def _worth(member: str, figure: str, attacker: str, players: Sequence[str], value: Mapping[tuple[str, ...], Bools]) -> Worth:

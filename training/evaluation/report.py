@@ -19,7 +19,7 @@ from models.ensemble import Decision, Ensemble, Verdict, decide
 from models.networks.edge import EdgeNetwork
 from training.evaluation import attack, equal_size
 from training.evaluation.campaign import ROUNDED, Campaign, Unit
-from training.evaluation.card import build, ledgers_of
+from training.evaluation.card import ablated_on, build, ledgers_of
 from training.evaluation.html import Example, Said, render
 from training.evaluation.queries import kept_deployment, kept_queries
 from training.evaluation.subjects import Subject, controls, every_subset, full_and_members
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     control = equal_size.open_control(args, campaign) if args.control else None
     alone = equal_size.finished(control, args) if control else []  # a refusal comes before the figures are computed
     ledgers = ledgers_of(campaign, units)
-    card = build(campaign, units, ledgers, commands(args), kept_queries(campaign), kept_deployment(campaign))
+    again = commands(args, len(campaign.images), ablated_on(campaign, units))
+    card = build(campaign, units, ledgers, again, kept_queries(campaign), kept_deployment(campaign))
     if control:
         card = equal_size.held_against(card, campaign, ledgers[card.headline.ensemble], control, alone)
     replace_file(campaign.folder / CARD_FILE, encode_card(card))
@@ -80,15 +81,12 @@ def finished(campaign: Campaign) -> list[Unit]:
     return needed + [unit for unit in campaign.units(every_subset(manifest)) if unit.file not in known and campaign.done(unit)]
 
 
-def commands(args: argparse.Namespace) -> list[str]:
-    """What to type to get these figures again; where a folder lies is nobody else's business."""
-    options = (
-        f"--suite {args.suite}"
-        + (" --data FOLDER" if args.data else "")
-        + (f" --images {args.images}" if args.images else "")
-        + (f" --seed {args.seed}" if args.seed else "")
-    )
-    attacks = [f"phalanx-train {command} {args.bundle} {options}" for command in ("attack", "ablate")]
+def commands(args: argparse.Namespace, n: int, ablated: int) -> list[str]:
+    """What to type to get these figures again, of n images; where a folder lies is nobody else's business."""
+    common = f"--suite {args.suite}" + " --data FOLDER" * bool(args.data) + f" --seed {args.seed}" * bool(args.seed)
+    options = common + f" --images {n}"
+    attacks = [f"phalanx-train attack {args.bundle} {options}"]
+    attacks += [f"phalanx-train ablate {args.bundle} {common} --images {ablated}"] * bool(ablated)
     report = f"phalanx-train report {args.bundle} {options}"
     if not args.control:
         return [*attacks, report]
