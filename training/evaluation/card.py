@@ -119,7 +119,7 @@ def build(
         fresh_masks=masks,
         checks=tuple(_checks(campaign, ledgers, counted, units, masks, deployment)),
         oblivious=tuple(_oblivious(counted[main], manifest.classifiers)),
-        ablation=_ablation(campaign, units, ablated) if ablated else None,
+        ablation=_ablation(campaign, units, counted, ablated) if ablated else None,
         orthogonality=_orthogonality(campaign, mains, counted) if len(mains) > 1 else None,
         queries=tuple(queries),
         deployment=deployment,
@@ -446,14 +446,15 @@ def ablated_on(campaign: Campaign, units: Sequence[Unit]) -> int:
     return min(missed, default=len(campaign.images)) if len(subsets) > 1 else 0
 
 
-def _ablation(campaign: Campaign, units: Sequence[Unit], n: int) -> Ablation:
-    """Of the first n images: further ones were attacked through some subsets only."""
+def _ablation(campaign: Campaign, units: Sequence[Unit], counted: Mapping[str, Ledger], n: int) -> Ablation:
+    """Of the first n images, as not every subset met the others; `counted`: what is known of some subsets already."""
     classifiers, subsets = campaign.bundle.manifest.classifiers, every_subset(campaign.bundle.manifest)
     members = {subject.name: tuple(sorted(set(classifiers) - set(subject.choice.without))) for subject in subsets}
     rows, values = [], dict[tuple[str, str, tuple[str, ...]], Bools]()
     for subject in subsets:
         ensemble, names = campaign.system(subject).ensemble, members[subject.name]
-        adaptive = ledger(campaign, ensemble, units).first(n).where(lambda row: row.counts)
+        known = counted.get(subject.name) or ledger(campaign, ensemble, units).where(lambda row: row.counts)
+        adaptive = known.first(n)
         oblivious = adaptive.where(lambda row: row.against in classifiers)
         test = answer(ensemble, campaign.clean("test")[0])[0] == campaign.splits.test.labels
         robust, rejecting = share(adaptive.robust), share(adaptive.robust_at(REVIEW))

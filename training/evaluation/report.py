@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,10 +99,10 @@ def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
     subject = full_and_members(campaign.bundle.manifest)[-1]
     ensemble, classes = campaign.system(subject).ensemble, campaign.bundle.manifest.classes
     test, _ = campaign.clean("test")
-    shown, of_entry = set[int](), dict[str, int]()
+    shown, of_entry = set[int](), Counter[str]()
     for unit in against(campaign, subject, units):
         entry = unit.entry.name
-        wanted = min(OF_EACH - of_entry.get(entry, 0), EXAMPLES - len(shown))
+        wanted = min(OF_EACH - of_entry[entry], EXAMPLES - len(shown))
         if wanted == 0:
             continue
         here = campaign.index[unit.start : unit.stop]
@@ -111,7 +112,7 @@ def examples(campaign: Campaign, units: Sequence[Unit]) -> Iterator[Example]:
         fooled = np.flatnonzero((clean.label == labels) & (attacked.label != labels))
         for i in [int(i) for i in fooled if int(here[i]) not in shown][:wanted]:
             shown.add(int(here[i]))
-            of_entry[entry] = of_entry.get(entry, 0) + 1
+            of_entry[entry] += 1
             adversarial = campaign.adversarial(unit, ROUNDED)[i]
             yield Example(
                 attack=entry,
