@@ -66,7 +66,7 @@ class RocCurve(_Frozen):
 
 
 class SystemCard(_Frozen):
-    """One system. Robust figures are the worst case per image over every attack of every system on the card."""
+    """One system. Robust figures are the worst case per image over all attacks, of every system on the card, tried on it."""
 
     name: str
     members: tuple[str, ...]  # those that vote
@@ -154,7 +154,7 @@ class Worth(_Frozen):
 
 class Ablation(_Frozen):
     suite: str
-    n: int
+    n: int  # the first of the card's images
     subsets: tuple[SubsetCard, ...]
     worths: tuple[Worth, ...]
 
@@ -190,6 +190,11 @@ class Query(_Frozen):
     queries: int  # at most, per image
     median_queries: float  # spent, per image
     wrong_and_accepted: Share
+
+    @property
+    def identity(self) -> tuple[str, str, str, int]:
+        """Which attack it was, on however many images."""
+        return self.attack, self.ensemble, self.disclosure, self.queries
 
 
 class Deployment(_Frozen):

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from models.bundle import read_bundle
-from models.card import CARD_FILE, Card, read_card
+from models.card import CARD_FILE, Card, Deployment, Query, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
 from tests.training.commands import SMOKE, answered, phalanx_train
@@ -21,8 +21,9 @@ from training.attacks.masks import hears_masks
 from training.data import splits_of
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
 from training.evaluation.card import ablated_on, build, ledgers_of, under_fresh_masks
+from training.evaluation.queries import QUERY_FILE, kept_queries
 from training.evaluation.report import EXAMPLES, OF_EACH, against, commands, examples, finished
-from training.evaluation.scores import ledger
+from training.evaluation.scores import ledger, share
 from training.evaluation.subjects import controls, every_subset, full_and_members
 from training.evaluation.suites import assembled, suite
 from training.system import Members, load_networks
@@ -177,9 +178,11 @@ def test_a_campaign_grows_and_an_ablation_may_stop_before_it(built: Path, tmp_pa
     begun, grown = (Campaign(tmp_path, bundle, splits_of(bundle, None), few, n, 0, torch.device("cpu")) for n in (2, 4))
     for unit in begun.units([*mains, *every_subset(bundle.manifest)]):
         begun.attack(unit)
-    assert [(unit.start, unit.stop) for unit in grown.units(mains) if not grown.done(unit)] == [
-        (2, 4) for unit in grown.units(mains) if unit.start == 2
-    ]
+    odd = Campaign(tmp_path, bundle, splits_of(bundle, None), few, 3, 0, torch.device("cpu"))
+    cut_short = list(odd.units(mains[:1]))[1]
+    assert (cut_short.start, cut_short.stop) == (2, 3)
+    odd.attack(cut_short)
+    assert {(unit.start, unit.stop) for unit in grown.units(mains) if grown.done(unit)} == {(0, 2)}
     for unit in grown.units(mains):
         if not grown.done(unit):
             grown.attack(unit)
@@ -191,7 +194,35 @@ def test_a_campaign_grows_and_an_ablation_may_stop_before_it(built: Path, tmp_pa
     assert first.ablation is not None
     assert whole.ablation == first.ablation
     assert {attack.robust.n for attack in whole.systems[-1].attacks} == {2, 4}  # what was made against a subset is of two
-    assert "an ablation on 300 images (it has 2)" in whole.missing
+    assert "an ablation on 4 images (it has 2)" in whole.missing
+
+
+def test_of_query_attacks_that_are_alike_the_one_on_most_images_counts(built: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(built)
+    campaign = Campaign(tmp_path, bundle, splits_of(bundle, None), suite("smoke"), 8, 0, torch.device("cpu"))
+    for n, won in ((100, 9), (8, 1)):
+        each = Query(
+            attack="square", ensemble="full", disclosure="label", queries=20, median_queries=20,
+            wrong_and_accepted=share(np.arange(n) < won),
+        )  # fmt: skip
+        folder = tmp_path / "endpoint" / f"square-full-label-20-n{n}"
+        folder.mkdir(parents=True)
+        (folder / QUERY_FILE).write_text(each.model_dump_json())
+    (found,) = kept_queries(campaign)
+    assert (found.wrong_and_accepted.n, found.wrong_and_accepted.value) == (100, 0.09)
+
+
+def test_a_server_that_saw_a_part_of_the_images_is_said_to_have(campaign: Campaign) -> None:
+    units = finished(campaign)
+    made = sum(unit.stop - unit.start for unit in campaign.units(full_and_members(campaign.bundle.manifest)[-1:]))
+
+    def missing(images: int) -> list[str]:
+        deployment = Deployment(images=images, labels_differ=0, p_value_difference=0.0)
+        lacks = build(campaign, units, ledgers_of(campaign, units), (), deployment=deployment).missing
+        return [lack for lack in lacks if "running server (" in lack]
+
+    assert missing(made) == []
+    assert missing(made - 1) == [f"the adversarial images scored by the running server (it saw {made - 1:,} of {made:,})"]
 
 
 def test_what_to_type_again_says_how_many_images_each_part_had() -> None:
@@ -266,3 +297,4 @@ def test_a_damaged_unit_is_named(built: Path, folder: Path, tmp_path: Path) -> N
 def test_a_campaign_says_what_it_is_about(folder: Path) -> None:
     said = json.loads((folder / "campaign.json").read_text(encoding="utf-8"))
     assert (said["suite"], said["seed"]) == ("smoke", 0)
+    assert "n" not in said

@@ -9,7 +9,7 @@ from training.evaluation.subjects import controls, every_subset, full_and_member
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `phalanx-train attack`; the same folder is gone on with, on as many images or fewer."""
+    """The options of `phalanx-train attack`, but for the choice of systems; the same folder is gone on with."""
     attack.add_arguments(parser)
 
 

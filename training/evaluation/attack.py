@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="attack these only: full, or members by name")
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N",
-        help="do the I-th of N shares of the work; shares in one folder make one result (default: 1/1)",
+        help="do the I-th of N shares of the work; shares in one folder, of as many images, make one result (default: 1/1)",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes side by side, a shard and a thread each (default: %(default)s)"

@@ -4,7 +4,7 @@ One folder holds one campaign. A unit is one attack on one system over a few ima
 images and what every member of the bundle answers to them, so that every figure, of every system, can be computed
 again, and every system is also judged on what was made against the others. A killed run goes on at the next unit;
 several processes, or machines that share the folder (or have theirs copied together), take a shard of the units each.
-More images are more units: the first of them are the same, whatever a campaign was begun with.
+More images are more units: whole ones are the same, whatever a campaign was begun with.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ CONTROL_FALLS = 0.01  # what may be left of an undefended member
 NAIVE_FALLS = 0.10  # and of a naive soft vote
 SAME = 0.01  # figures this close agree: more steps, more starts
 MASK_DRAWS = 10
-FEW_ABLATED = 300  # images that an ablation has at least
+LEAST_ABLATED = 300  # images of an ablation, of those there are
 FEW = 0.03  # what an attack may lose when the masks it knew are drawn anew
 GRADIENT_IMAGES = 200
 BOOTSTRAPS = 2000
@@ -401,12 +401,13 @@ def _missing(campaign: Campaign, ablated: int, queries: Sequence[Query], deploym
         missing.append(f"1,000 images (these are {len(campaign.images)})")
     if not ablated:
         missing.append("an ablation of every subset")
-    elif ablated < min(FEW_ABLATED, len(campaign.images)):
-        missing.append(f"an ablation on {FEW_ABLATED} images (it has {ablated})")
+    elif ablated < (least := min(LEAST_ABLATED, len(campaign.images))):
+        missing.append(f"an ablation on {least} images (it has {ablated})")
     if not queries:
         missing.append("query attacks on the running server")
-    if deployment is None:
-        missing.append("the adversarial images scored by the running server")
+    made = sum(unit.stop - unit.start for unit in campaign.units(full_and_members(manifest)[-1:]))
+    if (scored := deployment.images if deployment else 0) < made:
+        missing.append(f"the adversarial images scored by the running server (it saw {scored:,} of {made:,})")
     if not undefended(manifest):
         missing.append("an undefended member as a positive control")
     if not controls(manifest):

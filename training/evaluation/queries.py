@@ -225,8 +225,10 @@ def _rescore(endpoint: Endpoint, campaign: Campaign) -> None:
 
 
 def kept_queries(campaign: Campaign) -> list[Query]:
-    """What query attacks have found so far."""
-    return [Query.model_validate_json(path.read_bytes()) for path in sorted(campaign.folder.glob(f"endpoint/*/{QUERY_FILE}"))]
+    """What query attacks have found so far, each on the most images that it was tried on."""
+    found = [Query.model_validate_json(path.read_bytes()) for path in sorted(campaign.folder.glob(f"endpoint/*/{QUERY_FILE}"))]
+    found.sort(key=lambda query: query.wrong_and_accepted.n)
+    return sorted({query.identity: query for query in found}.values(), key=lambda query: query.identity)
 
 
 def kept_deployment(campaign: Campaign) -> Deployment | None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     page = args.html or campaign.folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     replace_file(page, render(card, list(examples(campaign, units))).encode())
-    print(f"{page}: report; {campaign.folder / CARD_FILE}: card")
+    print(f"{page}: report on {card.n} images; {campaign.folder / CARD_FILE}: card")
     if args.embed:
         parts = campaign.bundle.parts()
         written = write_bundle(args.bundle, replace(parts, documents={**parts.documents, CARD_FILE: encode_card(card)}))
@@ -70,16 +70,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def finished(campaign: Campaign) -> list[Unit]:
-    """Every unit of the ensemble, its members and the controls, which must be done, and of the subsets that are done."""
+    """The units of the ensemble, its members and the controls, which must be done; the subsets' on images that all of them met."""
     manifest = campaign.bundle.manifest
     needed = list(campaign.units([*full_and_members(manifest), *controls(manifest)]))
     if missing := [unit for unit in needed if not campaign.done(unit)]:
         raise TrainingRefused(
             f"{campaign.folder}: expected all {len(needed)} units of phalanx-train attack done, got {len(missing)} that are not, "
-            f"the first {missing[0].file}; run it again, it goes on"
+            f"the first {missing[0].file}; run it again with --images {len(campaign.images)}, it goes on"
         )
     known = {unit.file for unit in needed}
-    return needed + [unit for unit in campaign.units(every_subset(manifest)) if unit.file not in known and campaign.done(unit)]
+    others = [unit for unit in campaign.units(every_subset(manifest)) if unit.file not in known]
+    met = ablated_on(campaign, [*needed, *(unit for unit in others if campaign.done(unit))])
+    return needed + [unit for unit in others if unit.stop <= met]
 
 
 def commands(args: argparse.Namespace, n: int, ablated: int) -> list[str]:
