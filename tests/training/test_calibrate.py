@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.ensemble import RuleName
+from models.ensemble import Reading, RuleName, combine, log_votes
 from models.manifest import Strength
 from training.calibrate import Pool, as_ensemble, candidates, fit_subset, fit_temperature, worst_case
 from training.recipe import CalibrationRecipe
@@ -78,6 +78,19 @@ def test_the_worst_case_counts_an_image_only_if_every_version_is_right() -> None
     assert (
         worst_case(as_ensemble(row, STRENGTHS, ONES, K), Pool(LABELS, {"a": right}, attacked, {"a": right}, LABELS)) == 1 - 150 / N
     )
+
+
+def test_what_an_accurate_voter_saves_from_an_attack_is_not_counted() -> None:
+    """The robust side is unsure and wrong on a tenth of the attacked images, where the accurate one is right."""
+    right, unsure = (np.eye(K)[LABELS] * 6).astype(np.float32), (np.eye(K)[LABELS] * 0.5).astype(np.float32)
+    lost = unsure.copy()
+    lost[:40] = np.roll(unsure[:40], 1, axis=1)
+    found = pool({"a": right, "natural": right}, attack={"a": lost, "natural": right})
+    mixed = next(row for row in candidates(("a", "natural"), STRENGTHS) if row.rule == RuleName.MIXED and row.alpha == 0.5)
+    ensemble = as_ensemble(mixed, STRENGTHS, ONES, K)
+    readings = {name: Reading(logits) for name, logits in found.attacked["attack"].items()}
+    assert (combine(ensemble, log_votes(ensemble, readings)).argmax(axis=1) == LABELS).all()
+    assert worst_case(ensemble, found) == 0.9
 
 
 @pytest.mark.parametrize("truth", [0.2, 1.0, 4.0])
