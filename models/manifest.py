@@ -126,7 +126,7 @@ class SubsetRow(_Frozen):
     alpha: float = Field(ge=0.5, le=1)
     scale: float = Field(gt=0)
     clean: float = Field(ge=0, le=1)  # accuracy on held-out data
-    robust: float = Field(ge=0, le=1)  # accuracy on held-out data under the fit's quick attack
+    robust: float = Field(ge=0, le=1)  # the same under the fit's quick attack, a mixture's accurate voters at their worst
     n: int = Field(ge=1)
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 SCALES = (1.0, 2.0, 4.0)
 WEIGHT_STEPS = 5
 """Weights are multiples of 1/5."""
+TIE = 1e-6  # of log-probabilities, and less: rounding errors
 SURE = 1000.0  # a logit beside zeros that is certain at any temperature
 
 Report = Callable[[str], None]
@@ -196,11 +197,14 @@ def as_ensemble(row: SubsetRow, strengths: Mapping[str, Strength], temperatures:
 def worst_case(ensemble: Ensemble, pool: Pool) -> float:
     """Share of images that are classified rightly in every version of the pool; under attack, accurate voters are at their worst.
 
-    A natural network says whatever an attacker of it likes, who may be better at it than the fit's quick attack.
+    A natural network says what an attacker of it likes, who may be better at it than the fit's quick attack. A tie is lost, too.
     """
-    right = _labels(ensemble, pool.clean) == pool.labels
+    right, rows = _labels(ensemble, pool.clean) == pool.labels, np.arange(len(pool.labels))
     for logits in pool.attacked.values():
-        right &= _labels(ensemble, misled(ensemble, logits, pool.labels)) == pool.labels
+        found = _log_probabilities(ensemble, misled(ensemble, logits, pool.labels))
+        own = found[rows, pool.labels]
+        found[rows, pool.labels] = -np.inf
+        right &= own > found.max(axis=1) + TIE
     return float(right.mean())
 
 

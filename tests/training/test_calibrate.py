@@ -89,6 +89,15 @@ def test_under_attack_an_accurate_voter_is_expected_to_say_what_the_attacker_lik
     readings = {name: Reading(logits) for name, logits in found.attacked["attack"].items()}
     assert (combine(ensemble, log_votes(ensemble, readings)).argmax(axis=1) == LABELS).all()
     assert worst_case(ensemble, found) == 0.0
+    torn = np.tile(np.log(np.float32([0.55, 0.01, 0.02, 0.40, 0.02])), (N, 1))[
+        np.arange(N)[:, None], (np.arange(K) - LABELS[:, None]) % K
+    ]
+    narrow = as_ensemble(mixed.model_copy(update={"alpha": 0.8, "scale": 1.0}), STRENGTHS, ONES, K)
+    assert (
+        worst_case(narrow, pool({"a": right, "natural": right}, attack={"a": torn, "natural": right})) == 0.0
+    )  # .8 x .40 + .2 > .8 x .55
+    tied = as_ensemble(mixed.model_copy(update={"scale": 4.0}), STRENGTHS, ONES, K)
+    assert worst_case(tied, pool({"a": right, "natural": right}, attack={"a": 9 * right, "natural": right})) == 0.0
     beyond_doubt = as_ensemble(mixed.model_copy(update={"alpha": 0.95}), STRENGTHS, ONES, K)
     assert worst_case(beyond_doubt, pool({"a": right, "natural": right}, attack={"a": right, "natural": right})) == 1.0
 

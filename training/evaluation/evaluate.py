@@ -25,7 +25,7 @@ from training.refused import TrainingRefused
 from training.step import step_generator
 from training.system import Members, load_networks, log_probabilities
 
-FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
