@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.ensemble import Reading, RuleName, combine, log_votes
+from models.ensemble import Ensemble, Reading, RuleName, combine, log_votes
 from models.manifest import Strength
 from training.calibrate import Pool, as_ensemble, candidates, fit_subset, fit_temperature, worst_case
 from training.recipe import CalibrationRecipe
@@ -80,26 +80,27 @@ def test_the_worst_case_counts_an_image_only_if_every_version_is_right() -> None
     )
 
 
+def mixture(alpha: float, scale: float = 1.0) -> Ensemble:
+    row = next(row for row in candidates(("a", "natural"), STRENGTHS) if row.rule == RuleName.MIXED)
+    return as_ensemble(row.model_copy(update={"alpha": alpha, "scale": scale}), STRENGTHS, ONES, K)
+
+
 def test_under_attack_an_accurate_voter_is_expected_to_say_what_the_attacker_likes() -> None:
     """It is right in this attack and outvotes an unsure robust side; a better attack would turn it."""
     right, unsure = (np.eye(K)[LABELS] * 6).astype(np.float32), (np.eye(K)[LABELS] * 0.5).astype(np.float32)
-    mixed = next(row for row in candidates(("a", "natural"), STRENGTHS) if (row.rule, row.alpha) == (RuleName.MIXED, 0.5))
-    ensemble = as_ensemble(mixed, STRENGTHS, ONES, K)
-    found = pool({"a": right, "natural": right}, attack={"a": unsure, "natural": right})
-    readings = {name: Reading(logits) for name, logits in found.attacked["attack"].items()}
-    assert (combine(ensemble, log_votes(ensemble, readings)).argmax(axis=1) == LABELS).all()
-    assert worst_case(ensemble, found) == 0.0
-    torn = np.tile(np.log(np.float32([0.55, 0.01, 0.02, 0.40, 0.02])), (N, 1))[
-        np.arange(N)[:, None], (np.arange(K) - LABELS[:, None]) % K
-    ]
-    narrow = as_ensemble(mixed.model_copy(update={"alpha": 0.8, "scale": 1.0}), STRENGTHS, ONES, K)
-    assert (
-        worst_case(narrow, pool({"a": right, "natural": right}, attack={"a": torn, "natural": right})) == 0.0
-    )  # .8 x .40 + .2 > .8 x .55
-    tied = as_ensemble(mixed.model_copy(update={"scale": 4.0}), STRENGTHS, ONES, K)
-    assert worst_case(tied, pool({"a": right, "natural": right}, attack={"a": 9 * right, "natural": right})) == 0.0
-    beyond_doubt = as_ensemble(mixed.model_copy(update={"alpha": 0.95}), STRENGTHS, ONES, K)
-    assert worst_case(beyond_doubt, pool({"a": right, "natural": right}, attack={"a": right, "natural": right})) == 1.0
+    readings = {"a": Reading(unsure), "natural": Reading(right)}
+    assert (combine(mixture(0.5), log_votes(mixture(0.5), readings)).argmax(axis=1) == LABELS).all()
+
+    def left(ensemble: Ensemble, robust_side: NDArray[np.float32]) -> float:
+        clean = {"a": right, "natural": right}
+        return worst_case(ensemble, pool(clean, attack={"a": robust_side, "natural": right}))
+
+    shares = np.log(np.array([0.55, 0.01, 0.02, 0.40, 0.02], np.float32))  # of the label first
+    torn = np.stack([np.roll(shares, label) for label in LABELS])
+    assert left(mixture(0.5), unsure) == 0.0
+    assert left(mixture(0.8), torn) == 0.0  # .8 x .40 + .2 > .8 x .55, of the one class that can win
+    assert left(mixture(0.5, scale=4.0), 9 * right) == 0.0  # tied
+    assert left(mixture(0.95), right) == 1.0
 
 
 @pytest.mark.parametrize("truth", [0.2, 1.0, 4.0])
