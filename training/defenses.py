@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from training import adversarial, bayesian, edge, metric
+from training import adversarial, bayesian, certified, edge, metric
 from training.recipe import MemberKind
 from training.step import TrainingLoss
 
 DEFENSES: Mapping[MemberKind, TrainingLoss] = {
     "adversarial": adversarial.training_loss,
     "bayesian": bayesian.training_loss,
+    "certified": certified.training_loss,
     "edge": edge.training_loss,
     "metric": metric.training_loss,
 }

@@ -84,7 +84,7 @@ def export_bundle(recipe: Recipe, splits: Splits, folder: Path, output: Path) ->
     networks: dict[str, torch.nn.Module] = {
         kind: frozen_network(kind, configs[kind], load_tensors(data), device) for kind, data in weights.items()
     }
-    strengths: dict[str, Strength] = {k: "robust" if m.attack is not None else "accurate" for k, m in recipe.members.items()}
+    strengths: dict[str, Strength] = {k: "robust" if recipe.hardened(k) else "accurate" for k in recipe.members}
     fitted = fit(
         Members(networks, recipe.seed), strengths, splits.held_out, recipe.epsilon, recipe.calibration, recipe.seed,
         cache=folder / "calibration", report=lambda line: print(line, file=sys.stderr, flush=True),

@@ -74,9 +74,7 @@ def train_member(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)  # initial weights come from torch's global generator
         raw = build_network(kind, network_config(recipe, kind, splits)).to(device)
-    optimizer = torch.optim.SGD(
-        _groups(raw, schedule.weight_decay), lr=schedule.learning_rate, momentum=schedule.momentum, nesterov=True
-    )
+    optimizer = _optimizer(raw, schedule)
     average = WeightAverage(raw, schedule.ema_decay)
     network, fabric_optimizer = fabric.setup(raw, optimizer)
 
@@ -124,8 +122,10 @@ def train_member(
         for index in _batches(len(splits.fit), schedule.batch_size, recipe.seed, epoch, step % steps_an_epoch):
             mine = torch.from_numpy(index[fabric.global_rank * share : (fabric.global_rank + 1) * share])
             generator = step_generator(device, recipe.seed, kind, step, fabric.global_rank)
-            images = augment(pixels[mine].to(device), recipe.data.symmetry, recipe.data.shift, generator)
-            batch = Batch(images.float(), labels[mine].to(device), recipe.epsilon)
+            images = pixels[mine].to(device)
+            if member.augmented:
+                images = augment(images, recipe.data.symmetry, recipe.data.shift, generator)
+            batch = Batch(images.float(), labels[mine].to(device), recipe.epsilon, step / total)
             for group in optimizer.param_groups:
                 group["lr"] = one_cycle(step / total, schedule)
             outcome = DEFENSES[kind](trainee, batch, member, generator)
@@ -148,7 +148,7 @@ def train_member(
                     save_checkpoint(checkpoint, state_now())
                 saved_at = time.monotonic()
         clean, robust = held_out_accuracy(average.network, kind, recipe, splits.held_out, fabric)
-        score = robust if member.attack is not None else clean
+        score = robust if recipe.hardened(kind) else clean
         if score >= best.score:
             weights = {name: value.detach().clone() for name, value in average.network.state_dict().items()}
             best = Standing(score, epoch, clean, robust, weights)
@@ -201,7 +201,7 @@ def held_out_accuracy(average: nn.Module, kind: MemberKind, recipe: Recipe, imag
     logits = _deterministic(average, generator, device)
     with fabric.autocast():
         clean = (logits(pixels).argmax(1) == y).float().mean()
-        if recipe.members[kind].attack is None:
+        if not recipe.hardened(kind):
             return float(clean), 0.0
         with torch.enable_grad():
             x = pgd(logits, pixels, y, recipe.epsilon, HELD_OUT_STEPS, recipe.epsilon / 2, generator)
@@ -222,6 +222,13 @@ def _batches(n: int, size: int, seed: int, epoch: int, first: int) -> Iterator[N
     order = np.random.default_rng([seed, epoch]).permutation(n)
     for batch in range(first, n // size):
         yield order[batch * size : (batch + 1) * size]
+
+
+def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), lr=schedule.learning_rate)
+    groups = _groups(network, schedule.weight_decay)
+    return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum, nesterov=True)
 
 
 def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

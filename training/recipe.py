@@ -48,12 +48,13 @@ class AttackRecipe(Frozen):
 
 
 class Schedule(Frozen):
-    """Optimisation: SGD with Nesterov momentum, one cycle of the learning rate, averaged weights."""
+    """Optimisation: one cycle of the learning rate, averaged weights."""
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(0.1, gt=0)
     warm_up: float = Field(0.2, gt=0, lt=1, description="share of steps in which the learning rate rises")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd: with Nesterov momentum and weight decay; adam: neither")
     momentum: float = 0.9
     weight_decay: float = 5e-4
     ema_decay: float = Field(0.998, ge=0, lt=1, description="decay of the weight average per step")
@@ -65,6 +66,7 @@ class MemberRecipe(Frozen):
 
     network: dict[str, Any] = Field(default_factory=dict, description="settings of the network of this kind")
     attack: AttackRecipe | None = Field(None, description="inner attack; absent: trained on clean images")
+    augmented: bool = Field(True, description="train on random symmetries and shifts, as `data:` names them")
     schedule: Schedule = Schedule()
     settings: dict[str, float] = Field(default_factory=dict, description="of the defense's own loss, see SETTINGS")
 
@@ -82,12 +84,13 @@ class CalibrationRecipe(Frozen):
     robust_slack: float = Field(0.004, ge=0, description="robust accuracy that may be given up for clean accuracy")
 
 
-MemberKind = Literal["metric", "edge", "adversarial", "bayesian"]
+MemberKind = Literal["metric", "edge", "adversarial", "certified", "bayesian"]
 
 SETTINGS: Mapping[MemberKind, tuple[str, ...]] = {
     "metric": ("compactness",),
     "edge": ("clean_share",),
     "adversarial": (),
+    "certified": ("ramp",),
     "bayesian": (),
 }
 """Keys of `settings:` that each defense's training loss reads."""
@@ -95,6 +98,9 @@ SETTINGS: Mapping[MemberKind, tuple[str, ...]] = {
 
 UNDEFENDED: frozenset[MemberKind] = frozenset({"bayesian"})
 """Kinds that may be trained on clean images alone."""
+
+BOUNDED: frozenset[MemberKind] = frozenset({"certified"})
+"""Kinds that are hardened by bounds over the ball, with no inner attack."""
 
 
 class Recipe(Frozen):
@@ -117,8 +123,10 @@ class Recipe(Frozen):
     @model_validator(mode="after")
     def _hardened(self) -> Recipe:
         for name, member in self.members.items():
-            if name not in UNDEFENDED and member.attack is None:
+            if name not in UNDEFENDED | BOUNDED and member.attack is None:
                 raise ValueError(f"member {name} is hardened by adversarial training: give it an `attack:` section")
+            if name in BOUNDED and member.attack is not None:
+                raise ValueError(f"member {name} is hardened by bounds, not by an inner attack: leave `attack:` out")
         return self
 
     @model_validator(mode="after")
@@ -136,6 +144,10 @@ class Recipe(Frozen):
                 where = ".".join(map(str, detail["loc"]))
                 raise ValueError(f"member {name}: network.{where}: {detail['msg'].removeprefix('Value error, ')}") from None
         return self
+
+    def hardened(self, member: MemberKind) -> bool:
+        """Whether the member is trained for the ball, not for clean images alone."""
+        return member in BOUNDED or self.members[member].attack is not None
 
     def fingerprint(self, member: str) -> str:
         """SHA-256 over all that decides this member's weights; a checkpoint of another fingerprint is not resumed."""

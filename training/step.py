@@ -16,11 +16,12 @@ from training.recipe import MemberRecipe
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented pixels (n, h, w, c) float32 in 0..255, labels (n,), and the radius in pixel units."""
+    """Augmented pixels (n, h, w, c) float32 in 0..255, labels (n,), the radius in pixel units, the share of training done."""
 
     pixels: Tensor
     labels: Tensor
     epsilon: float
+    progress: float
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from models.networks.adversarial import AdversarialConfig, AdversarialNetwork
 from models.networks.bayesian import BayesianConfig, BayesianNetwork
+from models.networks.certified import CertifiedConfig, CertifiedNetwork
 from models.networks.edge import EdgeConfig, EdgeNetwork
 from models.networks.metric import MetricConfig, MetricNetwork
 from models.networks.spec import NetworkConfig
@@ -26,6 +27,7 @@ class NetworkKind:
 NETWORKS: Mapping[str, NetworkKind] = {
     "adversarial": NetworkKind(AdversarialConfig, AdversarialNetwork),
     "bayesian": NetworkKind(BayesianConfig, BayesianNetwork),
+    "certified": NetworkKind(CertifiedConfig, CertifiedNetwork),
     "edge": NetworkKind(EdgeConfig, EdgeNetwork),
     "metric": NetworkKind(MetricConfig, MetricNetwork),
 }
