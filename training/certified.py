@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from models.networks.certified import CertifiedNetwork, proven
+from training.data import Images
 from training.recipe import MemberRecipe
 from training.step import Batch, Outcome, Trainee
 
@@ -26,6 +30,12 @@ def training_loss(trainee: Trainee, batch: Batch, recipe: MemberRecipe, _: torch
     return Outcome(loss, proven(bounds, batch.labels).float().mean())
 
 
-def proven(bounds: Tensor, y: Tensor) -> Tensor:
-    """(n,) bool: no image in the ball is taken for another class than y."""
-    return (bounds.scatter(1, y[:, None], float("-inf")) < 0).all(dim=1)
+@torch.inference_mode()
+def proven_on(network: CertifiedNetwork, images: Images, epsilon: float, batch_size: int = 256) -> NDArray[np.bool_]:
+    """(n,) whether bounds prove that every image within `epsilon` (in units of 0..255) is classified rightly."""
+    device, found = network.head.weight.device, []
+    for start in range(0, len(images), batch_size):
+        pixels = torch.from_numpy(images.pixels[start : start + batch_size]).to(device).float()
+        y = torch.from_numpy(images.labels[start : start + batch_size]).to(device)
+        found.append(proven(network(pixels, y, epsilon), y))
+    return np.asarray(torch.cat(found).cpu().numpy())

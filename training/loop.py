@@ -168,15 +168,16 @@ def train_member(
 
 def network_config(recipe: Recipe, kind: MemberKind, splits: Splits) -> dict[str, Any]:
     """The network's complete settings: the recipe's, and what follows from the training images."""
-    pixels = splits.fit.pixels
+    pixels, config = splits.fit.pixels, NETWORKS[kind].config
     settings = {
         "classes": len(splits.classes),
         "channels": pixels.shape[3],
         "mean": [round(float(v), 3) for v in pixels.mean(axis=(0, 1, 2), dtype=np.float64)],
         "std": [round(float(v), 3) for v in pixels.std(axis=(0, 1, 2), dtype=np.float64)],
+        **({"size": pixels.shape[1:3]} if "size" in config.model_fields else {}),
         **recipe.members[kind].network,
     }
-    return NETWORKS[kind].config.model_validate(settings).model_dump(mode="json")
+    return config.model_validate(settings).model_dump(mode="json")
 
 
 def one_cycle(progress: float, schedule: Schedule) -> float:

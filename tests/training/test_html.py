@@ -109,6 +109,7 @@ def system_card(name: str) -> SystemCard:
         rejecting_1=share(rejecting * 0.99),
         robust_error=1 - rejecting - 0.0123,
         tau=0.01034 + 0.001 * len(name),
+        certified=share(0.3817) if name == "adversarial" else None,
         attacks=tuple(attack_rows(name)),
         curve=tuple(CurvePoint(factor=f, robust=share(robust ** (0.4 + 0.6 * f) if robust else 0.0, 300)) for f in FACTORS),
         roc=(roc_curve("combined, under margin-pgd", 0.713), roc_curve("combined, under joint", 0.524)) if screened else (),

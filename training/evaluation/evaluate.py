@@ -19,7 +19,9 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from models.bundle import Bundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble, RuleName, decide
+from models.networks.certified import CertifiedNetwork
 from training.attacks.pgd import Logits, margin_pgd
+from training.certified import proven_on
 from training.data import Images, splits_of
 from training.refused import TrainingRefused
 from training.step import step_generator
@@ -61,6 +63,14 @@ def run(args: argparse.Namespace) -> int:
     _say(f"\nclean, test split (n = {len(splits.test)}): accuracy, expected calibration error of the confidence")
     for name, (accuracy, calibration_error) in clean.items():
         _say(f"  {name:<12} {accuracy:.4f} {calibration_error:.4f}")
+    proofs = {
+        name: float(proven_on(network, splits.test, bundle.manifest.provenance.epsilon).mean())
+        for name, network in members.networks.items()
+        if isinstance(network, CertifiedNetwork)
+    }
+    for name, share in proofs.items():
+        _say(f"\nproven by interval bounds at epsilon {bundle.manifest.provenance.epsilon:g}, test split (n = {len(splits.test)})")
+        _say(f"  {name:<12} {share:.4f}")
     rejections = rejection_figures(bundle, members, splits.test)
     _say(f"\nclean rejections, test split (n = {len(splits.test)}): at a rate of 5%, at 1%")
     for name, (five, one) in rejections.items():
@@ -75,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             frontier.append((alpha, accuracy, robust))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        figures = {"clean": clean, "rejections": rejections, "frontier": frontier}
+        figures = {"clean": clean, "proven": proofs, "rejections": rejections, "frontier": frontier}
         args.json.write_text(
             json.dumps({"bundle": bundle.manifest.version, "settings": settings, **figures}, indent=1), encoding="utf-8"
         )

@@ -20,7 +20,8 @@ from training.onnx_export import ParityError, check_parity, export_onnx
 
 SAMPLE = Path(__file__).parents[2] / "data" / "eurosat"
 DATA = {"classes": 10, "channels": 3, "mean": (87.0, 97.0, 104.0), "std": (50.0, 35.0, 30.0)}
-SMALL = {"backbone": {"widths": (8, 16), "blocks": (1, 1), "stem_kernel": 5, "stem_stride": 2}}
+SMALL: dict[str, object] = {"backbone": {"widths": (8, 16), "blocks": (1, 1), "stem_kernel": 5, "stem_stride": 2}}
+SMALL_CERTIFIED = {"size": (64, 64), "hidden": 16, "convolutions": [{"channels": 8, "kernel": 4, "stride": 2}]}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def network_of(kind: str, tiles: NDArray[np.uint8], seed: int = 0) -> nn.Module:
     """A small network whose batch norm has seen the tiles."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = build_network(kind, DATA | SMALL)
+        network = build_network(kind, DATA | (SMALL_CERTIFIED if kind == "certified" else SMALL))
     inputs: list[torch.Tensor] = [torch.from_numpy(tiles)]
     if isinstance(network, BayesianNetwork):
         inputs.append(torch.ones(2, network.mask_width))
@@ -117,5 +118,5 @@ def test_uint8_and_float_pixels_give_the_same_logits(tiles: NDArray[np.uint8]) -
 
 
 def test_an_unknown_kind_is_answered_with_those_known() -> None:
-    with pytest.raises(ValueError, match="unknown network kind 'magic'; known are adversarial, bayesian, edge, metric"):
+    with pytest.raises(ValueError, match="unknown network kind 'magic'; known are adversarial, bayesian, certified, edge, metric"):
         build_network("magic", {})
