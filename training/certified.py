@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from models.networks.certified import CertifiedNetwork, proven
-from training.data import Images
+from models.networks.certified import proven
 from training.recipe import MemberRecipe
 from training.step import Batch, Outcome, Trainee
 
@@ -28,14 +25,3 @@ def training_loss(trainee: Trainee, batch: Batch, recipe: MemberRecipe, _: torch
     bounds = trainee.network(batch.pixels, batch.labels, radius)
     loss = certified_loss(bounds, batch.labels, recipe.schedule.label_smoothing)
     return Outcome(loss, proven(bounds, batch.labels).float().mean())
-
-
-@torch.inference_mode()
-def proven_on(network: CertifiedNetwork, images: Images, epsilon: float, batch_size: int = 256) -> NDArray[np.bool_]:
-    """(n,) whether bounds prove that every image within `epsilon` (in units of 0..255) is classified rightly."""
-    device, found = network.head.weight.device, []
-    for start in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(images.pixels[start : start + batch_size]).to(device).float()
-        y = torch.from_numpy(images.labels[start : start + batch_size]).to(device)
-        found.append(proven(network(pixels, y, epsilon), y))
-    return np.asarray(torch.cat(found).cpu().numpy())

@@ -35,10 +35,9 @@ from models.card import (
 )
 from models.composition import compose
 from models.ensemble import Ensemble
-from models.networks.certified import CertifiedNetwork
 from training.attacks.pgd import margin
-from training.certified import proven_on
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
+from training.evaluation.proofs import proven_on
 from training.evaluation.scores import REJECT, REVIEW, Bools, Ledger, Outcome, answer, ledger, mcnemar, share
 from training.evaluation.subjects import NAIVE, Subject, controls, every_subset, full_and_members, undefended
 from training.evaluation.suites import CONTROL
@@ -134,7 +133,7 @@ LIBRARIES = ("torch", "numpy", "pyautoattack", "foolbox", "adversarial-robustnes
 def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger) -> SystemCard:
     ensemble = campaign.system(subject).ensemble
     test_label, test_p = answer(ensemble, campaign.clean("test")[0])
-    screened, certified = bool(ensemble.detectors), _certified(campaign, subject)
+    screened, certified = bool(ensemble.detectors), proven_on(campaign.system(subject), campaign.images, campaign.epsilon)
     tau, worst = _tau(campaign, ensemble), counted.outcomes(REVIEW)
     return SystemCard(
         name=subject.name,
@@ -158,14 +157,6 @@ def _system(campaign: Campaign, subject: Subject, whole: Ledger, counted: Ledger
         curve=tuple(_curve(campaign, subject, whole)),
         roc=tuple(_roc(campaign, subject, counted)),
     )
-
-
-def _certified(campaign: Campaign, subject: Subject) -> Bools | None:
-    """Per image whether bounds prove that the system is right on all of its ball; None where its network has no bounds."""
-    voters = campaign.system(subject).ensemble.voters
-    if len(voters) != 1 or not isinstance(network := campaign.members.networks[voters[0].name], CertifiedNetwork):
-        return None
-    return proven_on(network, campaign.images, campaign.epsilon)
 
 
 def _tau(campaign: Campaign, ensemble: Ensemble) -> float:
@@ -291,7 +282,8 @@ def _checks(
             measured = f"{left:.1%} left, at most {CONTROL_FALLS:.0%} expected"
             checks.append(_check(f"the undefended member {name} falls", left <= CONTROL_FALLS, measured))
     for subject in full_and_members(manifest):
-        if subject.name in counted and (certified := _certified(campaign, subject)) is not None:
+        certified = proven_on(campaign.system(subject), campaign.images, campaign.epsilon)
+        if subject.name in counted and certified is not None:
             refuted = int((certified & ~counted[subject.name].robust).sum())
             measured = f"{refuted} of {certified.sum()} images that bounds prove for {subject.name} fell"
             checks.append(_check("no attack gets through a proof", refuted == 0, measured))

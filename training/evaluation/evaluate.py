@@ -19,13 +19,13 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from models.bundle import Bundle, read_bundle
 from models.composition import EnsembleChoice, compose
 from models.ensemble import Ensemble, RuleName, decide
-from models.networks.certified import CertifiedNetwork
 from training.attacks.pgd import Logits, margin_pgd
-from training.certified import proven_on
 from training.data import Images, splits_of
+from training.evaluation.proofs import proven_on
+from training.evaluation.subjects import full_and_members
 from training.refused import TrainingRefused
 from training.step import step_generator
-from training.system import Members, load_networks, log_probabilities
+from training.system import Members, System, load_networks, log_probabilities
 
 FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
@@ -63,14 +63,10 @@ def run(args: argparse.Namespace) -> int:
     _say(f"\nclean, test split (n = {len(splits.test)}): accuracy, expected calibration error of the confidence")
     for name, (accuracy, calibration_error) in clean.items():
         _say(f"  {name:<12} {accuracy:.4f} {calibration_error:.4f}")
-    proofs = {
-        name: float(proven_on(network, splits.test, bundle.manifest.provenance.epsilon).mean())
-        for name, network in members.networks.items()
-        if isinstance(network, CertifiedNetwork)
-    }
-    for name, share in proofs.items():
+    if proofs := proven_figures(bundle, members, splits.test):
         _say(f"\nproven by interval bounds at epsilon {bundle.manifest.provenance.epsilon:g}, test split (n = {len(splits.test)})")
-        _say(f"  {name:<12} {share:.4f}")
+        for name, share in proofs.items():
+            _say(f"  {name:<12} {share:.4f}")
     rejections = rejection_figures(bundle, members, splits.test)
     _say(f"\nclean rejections, test split (n = {len(splits.test)}): at a rate of 5%, at 1%")
     for name, (five, one) in rejections.items():
@@ -107,6 +103,14 @@ def clean_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, t
         )
         for name, vote in votes.items()
     }
+
+
+def proven_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, float]:
+    """Share of test images on all of whose ball bounds prove the class right, of `full` and of members alone that have bounds."""
+    manifest = bundle.manifest
+    systems = {subject.name: System(compose(bundle, subject.choice), members) for subject in full_and_members(manifest)}
+    found = {name: proven_on(system, test, manifest.provenance.epsilon) for name, system in systems.items()}
+    return {name: float(proven.mean()) for name, proven in found.items() if proven is not None}
 
 
 def rejection_figures(bundle: Bundle, members: Members, test: Images) -> dict[str, tuple[float, float]]:
