@@ -84,7 +84,7 @@ class SystemCard(_Frozen):
         None  # images whose worst version at 5% is rejected; the rest of 1 - rejecting_5 is wrong and accepted
     )
     wrong_5: Share | None = None  # images of which some version is wrong and accepted at 5%
-    certified: Share | None = None  # images on all of whose ball bounds prove the class right; None where the network has none
+    certified: Share | None = None  # images whose class is proven right within epsilon; None where the vote has no bounds
     robust_error: float  # RErr(tau), Stutz et al. 2020
     tau: float  # the p-value that 99% of rightly classified calibration images reach
     attacks: tuple[AttackRow, ...]

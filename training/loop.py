@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models.durable import replace_file
 from models.networks import NETWORKS, build_network
 from models.networks.bayesian import BayesianNetwork
+from models.networks.certified import CertifiedNetwork, proven
 from training.attacks.pgd import Logits, pgd, to_uint8
 from training.augment import augment
 from training.averaging import WeightAverage
@@ -190,7 +191,7 @@ def one_cycle(progress: float, schedule: Schedule) -> float:
 
 @torch.no_grad()
 def held_out_accuracy(average: nn.Module, kind: MemberKind, recipe: Recipe, images: Images, fabric: Fabric) -> tuple[float, float]:
-    """(clean, robust) accuracy of the weight average on a few held-out images, robust under a short PGD.
+    """(clean, robust) accuracy of the weight average on a few held-out images, robust under a short PGD, or proven by bounds.
 
     A cheap check of progress and for early stopping; published figures come from `phalanx-train evaluate`.
     """
@@ -204,6 +205,8 @@ def held_out_accuracy(average: nn.Module, kind: MemberKind, recipe: Recipe, imag
         clean = (logits(pixels).argmax(1) == y).float().mean()
         if not recipe.hardened(kind):
             return float(clean), 0.0
+        if isinstance(average, CertifiedNetwork):
+            return float(clean), float(proven(average(pixels, y, recipe.epsilon), y).float().mean())
         with torch.enable_grad():
             x = pgd(logits, pixels, y, recipe.epsilon, HELD_OUT_STEPS, recipe.epsilon / 2, generator)
         robust = (logits(to_uint8(x, pixels).float()).argmax(1) == y).float().mean()

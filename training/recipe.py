@@ -65,7 +65,9 @@ class MemberRecipe(Frozen):
     """One member: its network, its defense's own settings, its schedule."""
 
     network: dict[str, Any] = Field(default_factory=dict, description="settings of the network of this kind")
-    attack: AttackRecipe | None = Field(None, description="inner attack; absent: trained on clean images")
+    attack: AttackRecipe | None = Field(
+        None, description="inner attack; absent: trained on clean images, or on bounds over the ball"
+    )
     augmented: bool = Field(True, description="train on random symmetries and shifts, as `data:` names them")
     schedule: Schedule = Schedule()
     settings: dict[str, float] = Field(default_factory=dict, description="of the defense's own loss, see SETTINGS")
@@ -136,6 +138,8 @@ class Recipe(Frozen):
             for key in member.settings:
                 if key not in SETTINGS[name]:
                     raise ValueError(f"member {name}: unknown setting {key!r}; it has {', '.join(SETTINGS[name]) or 'none'}")
+            if not 0 < member.settings.get("ramp", 1.0) <= 1:
+                raise ValueError(f"member {name}: ramp: expected a share of training, above 0 and at most 1")
             from_data = {"classes": 2, "channels": 1, "mean": (0.0,), "std": (1.0,)}
             try:
                 NETWORKS[name].config.model_validate(from_data | member.network)

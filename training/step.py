@@ -16,7 +16,7 @@ from training.recipe import MemberRecipe
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented pixels (n, h, w, c) float32 in 0..255, labels (n,), the radius in pixel units, the share of training done."""
+    """Pixels (n, h, w, c) float32 in 0..255, labels (n,), the radius in pixel units, the share of training done."""
 
     pixels: Tensor
     labels: Tensor

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from models.networks.pixels import Pixels
 from models.networks.spec import NetworkConfig
 
 ROUNDING = 1e-3
-"""In units of logits; bounds computed in float32 and in float64 differ by less than a tenth of it."""
+"""In logits: what a served network may be off in its arithmetic, hundred times what was seen of float32 on CPUs."""
 
 
 class Convolution(BaseModel):
@@ -34,7 +34,23 @@ class CertifiedConfig(NetworkConfig):
         (Convolution(channels=16, kernel=4, stride=2), Convolution(channels=32, kernel=4)), min_length=1
     )
     size: tuple[int, int] = Field((28, 28), description="height and width of the images")
-    hidden: int = Field(128, description="units of the layer after the convolutions")
+
+    @model_validator(mode="after")
+    def _fits(self) -> CertifiedConfig:
+        if min(self.sides()[-1]) < 1:
+            (height, width), layers = self.size, len(self.convolutions)
+            raise ValueError(f"{layers} such convolutions leave nothing of images of {height}x{width} pixels")
+        return self
+
+    def sides(self) -> list[tuple[int, int]]:
+        """Height and width before the convolutions and after each; below 1 where a kernel is larger than what it sees."""
+        found = [self.size]
+        for each in self.convolutions:
+            height, width = ((side + 2 - each.kernel) // each.stride + 1 if side > 0 else 0 for side in found[-1])
+            found.append((height, width))
+        return found
+
+    hidden: int = Field(128, gt=0, description="units of the layer after the convolutions")
 
 
 class Interval(NamedTuple):
@@ -53,12 +69,11 @@ class CertifiedNetwork(nn.Module):
         self.pixels = Pixels(config.mean, config.std)
         layers: list[nn.Conv2d | nn.Linear] = []
         norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = []
-        channels, (height, width) = config.channels, config.size
+        channels, (height, width) = config.channels, config.sides()[-1]
         for each in config.convolutions:
             layers.append(nn.Conv2d(channels, each.channels, each.kernel, each.stride, 1, bias=False))
             norms.append(nn.BatchNorm2d(each.channels))
             channels = each.channels
-            height, width = ((side + 2 - each.kernel) // each.stride + 1 for side in (height, width))
         layers.append(nn.Linear(channels * height * width, config.hidden, bias=False))
         norms.append(nn.BatchNorm1d(config.hidden))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
@@ -99,7 +114,7 @@ class CertifiedNetwork(nn.Module):
 def proven(bounds: Tensor, y: Tensor) -> Tensor:
     """(n,) bool, from the bounds (n, k) of `worst_case`: no image in the ball is taken for another class than y.
 
-    A bound must be below 0 by more than float32 may have lost on the way to it.
+    A bound must be below 0 by more than arithmetic may lose, in the bounds and in the network that is served.
     """
     return (bounds.scatter(1, y[:, None], float("-inf")) < -ROUNDING).all(dim=1)
 

@@ -22,5 +22,5 @@ class Pixels(nn.Module):
 
 
 def channels_first(pixels: Tensor) -> Tensor:
-    """(n, h, w, c) uint8 or float -> (n, c, h, w) float32, values unchanged."""
-    return pixels.to(torch.float32).permute(0, 3, 1, 2)
+    """(n, h, w, c) uint8 or float -> (n, c, h, w) float32 (float64 stays what it is), values unchanged."""
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).permute(0, 3, 1, 2)

@@ -140,7 +140,7 @@ class Campaign:
         seed = zlib.crc32(f"{self.seed}/{unit.entry.name}/{unit.start}".encode())
         epsilon = self.epsilon * unit.entry.epsilon_factor
         found = unit.entry.attack(Problem(self.system(unit.subject), clean, y, epsilon, seed, findings))
-        delta = (found - clean).half()  # what is judged is what is kept
+        delta = (found - clean).half().clamp(-(reach := largest_half(epsilon)), reach)  # what is judged is what is kept
         versions = {FLOAT: _restored(clean, delta), ROUNDED: to_uint8(_restored(clean, delta), clean)}
         tensors = {"delta": delta.cpu().contiguous()}
         for version, pixels in versions.items():
@@ -216,6 +216,12 @@ class Campaign:
             "images": hashlib.sha256(shuffle.tobytes()).hexdigest(),
         }
         claim(self.folder / "campaign.json", identity, "campaign", CampaignRefused)
+
+
+def largest_half(bound: float) -> float:
+    """The largest float16 that is not above `bound`: a perturbation rounded to it stays within."""
+    half = np.float16(bound)
+    return float(half if float(half) <= bound else np.nextafter(half, np.float16(0)))
 
 
 def _restored(clean: Tensor, delta: Tensor) -> Tensor:

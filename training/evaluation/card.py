@@ -285,8 +285,8 @@ def _checks(
         certified = proven_on(campaign.system(subject), campaign.images, campaign.epsilon)
         if subject.name in counted and certified is not None:
             refuted = int((certified & ~counted[subject.name].robust).sum())
-            measured = f"{refuted} of {certified.sum()} images that bounds prove for {subject.name} fell"
-            checks.append(_check("no attack gets through a proof", refuted == 0, measured))
+            measured = f"{refuted} of {certified.sum()} images fell"
+            checks.append(_check(f"no attack gets through what is proven of {subject.name}", refuted == 0, measured))
     if naive := [unit for unit in units if unit.subject.name == NAIVE]:
         left = float(ledger(campaign, campaign.system(naive[0].subject).ensemble, naive).robust.mean())
         measured = f"{left:.1%} left, at most {NAIVE_FALLS:.0%} expected"

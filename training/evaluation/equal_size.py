@@ -31,6 +31,8 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
         raise TrainingRefused(
             f"--control {args.control}: expected an adversarially trained network, got one trained on clean images"
         )
+    if found.members[0].network.kind == "certified":
+        raise TrainingRefused(f"--control {args.control}: expected an adversarially trained network, got one trained on bounds")
     if campaign.epsilon != control.epsilon:
         raise TrainingRefused(f"--control {args.control}: expected epsilon {campaign.epsilon:g}, got {control.epsilon:g}")
     if campaign.splits.fingerprint != control.splits.fingerprint:  # whose training images may be these test images

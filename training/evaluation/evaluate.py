@@ -1,4 +1,4 @@
-"""`phalanx-train evaluate`: clean accuracy, calibration error and rejections of a bundle, and its frontier over alpha."""
+"""`phalanx-train evaluate`: clean accuracy, calibration error, rejections and proofs of a bundle, its frontier over alpha."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; every figure carries its n. What holds under attack is `phalanx-train attack`'s to say."""
+    """Evaluate and print; every figure carries its n. What attacks leave is `phalanx-train attack`'s to say."""
     if args.threads:
         torch.set_num_threads(args.threads)
     bundle = read_bundle(args.bundle)

@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.networks import build_network
 from models.networks.certified import ROUNDING, CertifiedNetwork, proven
-from models.networks.pixels import Pixels
 from training.attacks.pgd import margin, margin_pgd, project
 
 CONFIG = {
@@ -34,6 +33,8 @@ def network(images: Tensor) -> CertifiedNetwork:
         with torch.no_grad():
             for value in found.parameters():
                 value.add_(0.3 * value.abs().mean().clamp(min=0.1) * torch.randn_like(value))
+            for norm in found.norms:
+                norm.weight[::3] *= -1  # type: ignore[index, operator]
             for _ in range(50):
                 found.train()(images)
     return found.eval().requires_grad_(False)
@@ -65,21 +66,9 @@ def test_an_image_that_an_attack_fools_is_never_proven(network: CertifiedNetwork
     assert proven(network(images, y, 0.02), y).any()
 
 
-class Doubled(nn.Module):
-    """`Pixels` without the cast to float32."""
-
-    def __init__(self, pixels: Pixels) -> None:
-        super().__init__()
-        self.mean, self.scale = pixels.mean, pixels.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.permute(0, 3, 1, 2) - self.mean) * self.scale
-
-
 def test_float32_loses_less_than_a_proof_leaves_for_it(network: CertifiedNetwork, images: Tensor) -> None:
     y = network(images).argmax(1)
     exact = copy.deepcopy(network).double()
-    exact.pixels = Doubled(exact.pixels)  # type: ignore[assignment]
     for epsilon in (0.25, 4.0, 25.5):
         lost = network(images, y, epsilon).double() - exact(images.double(), y, epsilon)
         assert float(lost.abs().max()) < ROUNDING / 10
@@ -90,11 +79,31 @@ def test_a_ball_that_is_a_point_has_the_differences_themselves(network: Certifie
     assert torch.allclose(network(images, y, 0.0), differences(network(images), y), atol=1e-4)
 
 
+def test_where_no_relu_bends_the_bounds_are_those_of_the_hidden_units() -> None:
+    """Weights positive, every unit alive: each hidden unit rises with every pixel, so that its least and its most are known."""
+    torch.manual_seed(2)
+    found = build_network("certified", CONFIG).eval()
+    assert isinstance(found, CertifiedNetwork)
+    hidden: list[Tensor] = []
+    found.head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    with torch.no_grad():
+        for layer, norm in zip(found.layers, found.norms, strict=True):
+            layer.weight.abs_()  # type: ignore[operator]
+            norm.bias.fill_(1000.0)  # type: ignore[operator]
+        pixels, y = torch.full((1, 10, 12, 3), 100.0), torch.tensor([1])
+        for shift in (-3.0, 3.0):
+            found(pixels + shift)
+        rows = found.head.weight - found.head.weight[y]
+        worst = torch.maximum(rows * hidden[0], rows * hidden[1]).sum(1) + found.head.bias - found.head.bias[y]
+        assert torch.allclose(found(pixels, y, 3.0)[0], worst, rtol=1e-4, atol=1e-3)
+
+
 def test_the_ball_ends_where_pixels_do(network: CertifiedNetwork) -> None:
-    """A black image: half of the ball is below 0, and no image."""
+    """What is below 0 is no image: it neither widens a ball nor moves its center."""
     black, y = torch.zeros(1, 10, 12, 3), torch.tensor([2])
     outside = network(black - 4.0, y, 4.0)  # all of its ball is black
     assert torch.allclose(outside, differences(network(black), y), atol=1e-4)
+    assert torch.allclose(network(black, y, 4.0), network(black + 2.0, y, 2.0), atol=1e-4)  # both [0, 4]
 
 
 def test_bounds_in_training_leave_the_statistics_that_a_forward_pass_leaves(images: Tensor) -> None:
