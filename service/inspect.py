@@ -160,6 +160,7 @@ def _robustness(manifest: Manifest, card: Card | None) -> Iterator[RenderableTyp
         "robust, rejecting 5%": _percent(told.rejecting_5),
         "conjecture": told.conjecture,
     }
+    pairs |= {f"proven, {s.name}": _percent(s.certified) for s in card.systems if s.certified is not None}
     if not told.publishable or card.missing:
         lacking = "".join(f"\n- {safeguard}" for safeguard in card.missing)
         pairs["NOT PUBLISHABLE"] = Text(f"measured with fewer safeguards than a published figure{lacking}", style="yellow")

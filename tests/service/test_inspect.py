@@ -15,7 +15,7 @@ from models.bundle import read_bundle, read_manifest, write_bundle
 from models.card import CARD_FILE, encode_card
 from service.inspect import Inspection, add_arguments, as_tables, inspect_bundle, run
 from tests.bundles import edit_manifest, replace_file, tiny_parts, write_tiny_bundle
-from tests.service.cards import CONJECTURE, VANISHED, headline_of, tiny_card, write_carded_bundle
+from tests.service.cards import CONJECTURE, VANISHED, headline_of, share, tiny_card, write_carded_bundle
 
 
 @pytest.fixture
@@ -134,6 +134,15 @@ def test_the_cards_headline_is_printed_with_what_it_lacks(tmp_path: Path, capsys
     assert "FAILED" not in text
     assert invoke(str(path), "--json") == 0
     assert json.loads(capsys.readouterr().out)["card"] == json.loads((path / CARD_FILE).read_text())
+
+
+def test_what_bounds_prove_is_printed_where_there_is_some(tmp_path: Path) -> None:
+    card = tiny_card(read_manifest(write_tiny_bundle(tmp_path / "plain", images=100)))
+    votes = card.systems[1].model_copy(update={"certified": share(0.37, 300)})
+    text = shown(inspect_bundle(write_carded_bundle(tmp_path / "bundle", systems=(card.systems[0], votes))))
+    assert "37.0%  (95% interval 36.0% to 38.0%, n = 300)" in text
+    assert "proven, votes" in text
+    assert "proven, full" not in text
 
 
 def test_a_publishable_figure_lacks_nothing(tmp_path: Path) -> None:
