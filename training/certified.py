@@ -12,7 +12,7 @@ from training.step import Batch, Outcome, Trainee
 
 
 def certified_loss(bounds: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """CE(bounds, y), the bounds in the logits' place (Gowal et al. 2018, eq. 12 with kappa = 0).
+    """CE(bounds, y), the bounds in the logits' place (Gowal et al. 2018, without their share of clean loss).
 
     bounds: (n, k), upper bounds of z_j - z_y over the ball; 0 at the label itself.
     """
