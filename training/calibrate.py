@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 from models.bundle import SubsetRow
 from models.durable import replace_file
 from models.ensemble import Ensemble, Reading, RuleName, Voter, combine, log_votes
+from models.log_probability import TIE
 from models.manifest import Strength
 from training.attacks.pgd import margin_pgd
 from training.data import Images
@@ -38,7 +39,6 @@ ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 SCALES = (1.0, 2.0, 4.0)
 WEIGHT_STEPS = 5
 """Weights are multiples of 1/5."""
-TIE = 1e-6  # of log-probabilities, and less: rounding errors
 SURE = 1000.0  # a logit beside zeros that is certain at any temperature
 
 Report = Callable[[str], None]

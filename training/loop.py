@@ -128,7 +128,7 @@ def train_member(
                 images = augment(images, recipe.data.symmetry, recipe.data.shift, generator)
             batch = Batch(images.float(), labels[mine].to(device), recipe.epsilon, step / total)
             for group in optimizer.param_groups:
-                group["lr"] = one_cycle(step / total, schedule)
+                group["lr"] = one_cycle(batch.progress, schedule)
             outcome = DEFENSES[kind](trainee, batch, member, generator)
             fabric_optimizer.zero_grad()
             fabric.backward(outcome.loss)

@@ -33,6 +33,7 @@ class CertifiedConfig(NetworkConfig):
     convolutions: tuple[Convolution, ...] = Field(
         (Convolution(channels=16, kernel=4, stride=2), Convolution(channels=32, kernel=4)), min_length=1
     )
+    hidden: int = Field(128, gt=0, description="units of the layer after the convolutions")
     size: tuple[int, int] = Field((28, 28), description="height and width of the images")
 
     @model_validator(mode="after")
@@ -49,8 +50,6 @@ class CertifiedConfig(NetworkConfig):
             height, width = ((side + 2 - each.kernel) // each.stride + 1 if side > 0 else 0 for side in found[-1])
             found.append((height, width))
         return found
-
-    hidden: int = Field(128, gt=0, description="units of the layer after the convolutions")
 
 
 class Interval(NamedTuple):

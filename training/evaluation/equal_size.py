@@ -15,6 +15,7 @@ from training.evaluation.campaign import Campaign, Unit
 from training.evaluation.card import NO_CONTROL, compared
 from training.evaluation.scores import REVIEW, Ledger, answer, ledger, share
 from training.evaluation.subjects import full_and_members
+from training.recipe import BOUNDED
 from training.refused import TrainingRefused
 
 SMALLER = 0.95  # of the members' parameters: a control that has fewer flatters the ensemble
@@ -31,7 +32,7 @@ def open_control(args: argparse.Namespace, campaign: Campaign) -> Campaign:
         raise TrainingRefused(
             f"--control {args.control}: expected an adversarially trained network, got one trained on clean images"
         )
-    if found.members[0].network.kind == "certified":
+    if found.members[0].network.kind in BOUNDED:
         raise TrainingRefused(f"--control {args.control}: expected an adversarially trained network, got one trained on bounds")
     if campaign.epsilon != control.epsilon:
         raise TrainingRefused(f"--control {args.control}: expected epsilon {campaign.epsilon:g}, got {control.epsilon:g}")
