@@ -182,10 +182,14 @@ def network_config(recipe: Recipe, kind: MemberKind, splits: Splits) -> dict[str
 
 
 def one_cycle(progress: float, schedule: Schedule) -> float:
-    """Learning rate at a share of training in [0, 1): up linearly, then down to 0 along a cosine (after Smith & Topin 2018)."""
+    """Learning rate at a share of training in [0, 1): up linearly, then down to 0 along a cosine (after Smith & Topin 2018).
+
+    Between the two it stays at its peak, where the schedule says so.
+    """
     if progress < schedule.warm_up:
         return schedule.learning_rate * max(progress / schedule.warm_up, 1e-3)
-    fallen = (progress - schedule.warm_up) / (1 - schedule.warm_up)
+    begins = max(schedule.warm_up, schedule.fall_from)
+    fallen = max(0.0, progress - begins) / (1 - begins)
     return schedule.learning_rate * 0.5 * (1 + float(np.cos(np.pi * fallen)))
 
 

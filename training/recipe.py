@@ -54,6 +54,7 @@ class Schedule(Frozen):
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(0.1, gt=0)
     warm_up: float = Field(0.2, gt=0, lt=1, description="share of steps in which the learning rate rises")
+    fall_from: float = Field(0.0, ge=0, lt=1, description="share of steps from which it falls; at its peak until then")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="sgd: with Nesterov momentum and weight decay; adam: neither")
     momentum: float = 0.9
     weight_decay: float = 5e-4

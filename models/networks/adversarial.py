@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from models.networks.backbone import Backbone, BackboneConfig
-from models.networks.pixels import Pixels
-from models.networks.spec import NetworkConfig
+from models.networks.thermometer import PixelConfig, front
 
 
-class AdversarialConfig(NetworkConfig):
+class AdversarialConfig(PixelConfig):
     """Settings of `AdversarialNetwork`."""
 
     backbone: BackboneConfig = BackboneConfig()
@@ -20,8 +19,8 @@ class AdversarialNetwork(nn.Module):
 
     def __init__(self, config: AdversarialConfig) -> None:
         super().__init__()
-        self.pixels = Pixels(config.mean, config.std)
-        self.backbone = Backbone(config.backbone, config.channels)
+        self.pixels = front(config)
+        self.backbone = Backbone(config.backbone, config.planes)
         self.head = nn.Linear(self.backbone.width, config.classes)
 
     def forward(self, pixels: Tensor) -> Tensor:

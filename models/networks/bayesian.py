@@ -6,11 +6,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.networks.backbone import Backbone, BackboneConfig
-from models.networks.pixels import Pixels
-from models.networks.spec import NetworkConfig
+from models.networks.thermometer import PixelConfig, front
 
 
-class BayesianConfig(NetworkConfig):
+class BayesianConfig(PixelConfig):
     """Settings of `BayesianNetwork`."""
 
     backbone: BackboneConfig = BackboneConfig()
@@ -28,8 +27,8 @@ class BayesianNetwork(nn.Module):
     def __init__(self, config: BayesianConfig) -> None:
         super().__init__()
         self.config = config
-        self.pixels = Pixels(config.mean, config.std)
-        self.backbone = Backbone(config.backbone, config.channels)
+        self.pixels = front(config)
+        self.backbone = Backbone(config.backbone, config.planes)
         self.head = nn.Linear(self.backbone.width, config.classes)
 
     @property

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from models.networks.pixels import Pixels
-from models.networks.spec import NetworkConfig
+from models.networks.thermometer import PixelConfig, front
 
 ROUNDING = 1e-3
 """In logits: what a served network may be off in its arithmetic, hundred times what was seen of float32 on CPUs."""
@@ -27,7 +26,7 @@ class Convolution(BaseModel):
     stride: int = Field(1, ge=1)
 
 
-class CertifiedConfig(NetworkConfig):
+class CertifiedConfig(PixelConfig):
     """Settings of `CertifiedNetwork`. Few layers: bounds loosen with depth, and residual sums loosen them further."""
 
     convolutions: tuple[Convolution, ...] = Field(
@@ -65,10 +64,10 @@ class CertifiedNetwork(nn.Module):
 
     def __init__(self, config: CertifiedConfig) -> None:
         super().__init__()
-        self.pixels = Pixels(config.mean, config.std)
+        self.pixels = front(config)
         layers: list[nn.Conv2d | nn.Linear] = []
         norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = []
-        channels, (height, width) = config.channels, config.sides()[-1]
+        channels, (height, width) = config.planes, config.sides()[-1]
         for each in config.convolutions:
             layers.append(nn.Conv2d(channels, each.channels, each.kernel, each.stride, 1, bias=False))
             norms.append(nn.BatchNorm2d(each.channels))
@@ -96,8 +95,8 @@ class CertifiedNetwork(nn.Module):
         another class than y. In training mode batch normalisation takes its statistics from the images themselves.
         """
         low, high = (pixels - epsilon).clamp(0, 255), (pixels + epsilon).clamp(0, 255)
-        reach = (self.pixels(high) - self.pixels(low)) / 2
-        h = Interval(self.pixels(pixels), self.pixels((low + high) / 2), reach)
+        low, high = self.pixels(low), self.pixels(high)  # it does not fall where a pixel rises
+        h = Interval(self.pixels(pixels), (low + high) / 2, (high - low) / 2)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             if isinstance(layer, nn.Linear):
                 h = Interval(*(part.flatten(1) for part in h))

@@ -9,11 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.networks.backbone import Backbone, BackboneConfig
-from models.networks.pixels import Pixels
-from models.networks.spec import NetworkConfig
+from models.networks.thermometer import PixelConfig, front
 
 
-class MetricConfig(NetworkConfig):
+class MetricConfig(PixelConfig):
     """Settings of `MetricNetwork`."""
 
     backbone: BackboneConfig = BackboneConfig()
@@ -44,8 +43,8 @@ class MetricNetwork(nn.Module):
 
     def __init__(self, config: MetricConfig) -> None:
         super().__init__()
-        self.pixels = Pixels(config.mean, config.std)
-        self.backbone = Backbone(config.backbone, config.channels)
+        self.pixels = front(config)
+        self.backbone = Backbone(config.backbone, config.planes)
         self.embed = nn.Linear(self.backbone.width, config.features)
         self.register_buffer("centers", max_mahalanobis_centers(config.classes, config.features, config.radius))
 

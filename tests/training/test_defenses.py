@@ -93,6 +93,14 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_nothing() -> None:
     assert one_cycle(0.9999, schedule) < 1e-6
 
 
+def test_one_cycle_stays_at_its_peak_until_it_is_to_fall() -> None:
+    schedule = Schedule(learning_rate=0.2, warm_up=0.25, fall_from=0.6)
+    assert [one_cycle(share, schedule) for share in (0.25, 0.4, 0.6)] == pytest.approx([0.2] * 3)
+    assert one_cycle(0.125, schedule) == pytest.approx(0.1)
+    assert one_cycle(0.8, schedule) == pytest.approx(0.1)
+    assert one_cycle(0.9999, schedule) < 1e-6
+
+
 def test_step_generators_depend_on_seed_purpose_and_step() -> None:
     def draw(seed: int, purpose: str, step: int) -> float:
         return float(torch.rand(1, generator=step_generator(torch.device("cpu"), seed, purpose, step)))

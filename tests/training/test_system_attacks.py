@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.ensemble import DetectorName, RuleName, decide
 from models.networks import build_network
-from tests.training.toys import EPSILON, Linear, Masked, images, problem, system, weights
+from models.networks.thermometer import Thermometer, ThermometerConfig
+from tests.training.toys import EPSILON, SIDE, Linear, Masked, images, problem, system, weights
 from training.attacks.detectors import joint, orthogonal
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.masks import fresh_masks, hears_masks
@@ -19,6 +20,7 @@ from training.attacks.noise import random_noise
 from training.attacks.pgd import margin, to_uint8
 from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
+from training.attacks.surrogates import hears_thermometers, other_ramps, soft_ramps
 from training.evaluation.suites import suite
 from training.system import Members, System
 
@@ -100,6 +102,60 @@ def test_a_masked_gradient_is_unmasked_by_the_suite() -> None:
     assert left(["margin-pgd"]) > 0.9  # its random restarts find little
     assert left(["square"]) < left(["margin-pgd"])  # which the report's sanity check shouts about
     assert left(list(entries)) < left(["margin-pgd"]) - 0.2
+
+
+class Coded(nn.Module):
+    """One pixel in three lies just below the ramp, where its code is flat; moving those is enough to fool most answers."""
+
+    def __init__(self, reach: float) -> None:
+        super().__init__()
+        config = ThermometerConfig(thresholds=(100.0,), width=2.0, surrogate_reach=reach)
+        self.pixels, self.weights = Thermometer(config), nn.Parameter(weights(0, CLASSES, 1.0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        code: Tensor = self.pixels(pixels)
+        return code.permute(0, 2, 3, 1).flatten(1) @ self.weights
+
+
+def coded(reach: float) -> Problem:
+    net = Coded(reach)
+    steps = torch.randint(0, 3, (60, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(2))
+    pixels = torch.tensor([60.0, 97.0, 140.0])[steps]  # far below, just below, far above
+    return problem(system({"coded": net}, CLASSES), pixels, net(pixels).argmax(dim=1))
+
+
+def fooled(toy: Problem, attack: Attack) -> float:
+    found = attack(toy)
+    assert float((found - toy.pixels).abs().max()) <= EPSILON + 1e-4
+    return float((toy.system.judge(found).label != toy.labels).float().mean())
+
+
+def test_a_thermometer_whose_gradient_does_not_reach_is_unmasked_by_the_suite() -> None:
+    entries = {entry.name: entry for entry in suite("quick").entries}
+    near, far = coded(0.0), coded(4.0)
+    ramps = [entries[name] for name in ("wide-ramps-pgd", "narrow-ramps-pgd", "soft-ramps-pgd")]
+    assert all(entry.applies(near.system) for entry in ramps)
+    direct = fooled(far, entries["margin-pgd"].attack)
+    assert direct > 0.8
+    assert fooled(near, entries["pushed-margin-pgd"].attack) < 0.1  # it begins at the image, where all is flat
+    assert fooled(near, ramps[0].attack) == pytest.approx(direct, abs=0.05)
+
+
+def test_other_ramps_change_gradients_and_no_answer() -> None:
+    toy = coded(4.0)
+    x = toy.pixels.clone().requires_grad_()
+    here, wider, soft = toy.system, other_ramps(toy.system, 50.0), soft_ramps(toy.system, 50.0)
+    assert torch.equal(here.log_probabilities(x), wider.log_probabilities(x))
+    assert not torch.allclose(here.log_probabilities(x), soft.log_probabilities(x))
+
+    def felt(some: System) -> float:
+        (gradient,) = torch.autograd.grad(some.log_probabilities(x)[:, 0].sum(), x)
+        return float((gradient != 0).float().mean())
+
+    assert felt(here) < 0.4 < 0.9 < felt(wider)
+    assert felt(soft) > 0.9
+    other = system({"linear": Linear(weights(0, CLASSES), torch.zeros(CLASSES))}, CLASSES)
+    assert not hears_thermometers(other)
 
 
 def stochastic(voters: int) -> System:

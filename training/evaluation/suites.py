@@ -12,13 +12,13 @@ from torch import Tensor
 
 from models.ensemble import RuleName
 from training.attacks.detectors import joint, orthogonal
-from training.attacks.edges import hears_edges, narrow_edges, soft_edges
 from training.attacks.features import feature_adversary, has_centers
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
 from training.attacks.problem import Attack, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
+from training.attacks.surrogates import hears_edges, hears_thermometers, narrow_edges, other_ramps, soft_edges, soft_ramps
 from training.system import System
 
 Access = Literal["gradient", "scores", "none"]
@@ -128,6 +128,14 @@ def assembled(
         Entry("votes-pgd", partial(surrogate, rule=RuleName.MAJORITY, steps=steps, restarts=1), applies=several),
         Entry("narrow-edges-pgd", partial(_elsewhere, change=partial(narrow_edges, factor=0.5), attack=once), applies=hears_edges),
         Entry("soft-edges-pgd", partial(_elsewhere, change=partial(soft_edges, factor=1.0), attack=once), applies=hears_edges),
+        *(
+            Entry(name, partial(_other_ramps, change=change, epsilons=epsilons, attack=once), applies=hears_thermometers)
+            for name, change, epsilons in (
+                ("wide-ramps-pgd", other_ramps, 2.0),
+                ("narrow-ramps-pgd", other_ramps, 0.25),
+                ("soft-ramps-pgd", soft_ramps, 0.5),
+            )
+        ),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
@@ -161,6 +169,11 @@ def assembled(
 def _elsewhere(problem: Problem, change: Callable[[System], System], attack: Attack) -> Tensor:
     """The attack on a changed system; its images must then fool the real one."""
     return attack(problem.against(change(problem.system)))
+
+
+def _other_ramps(problem: Problem, change: Callable[[System, float], System], epsilons: float, attack: Attack) -> Tensor:
+    """The attack on a system whose thermometers have ramps that reach so many epsilons further."""
+    return attack(problem.against(change(problem.system, epsilons * problem.epsilon)))
 
 
 def _described(function: Callable[..., object]) -> str:

@@ -23,12 +23,14 @@ def images() -> Tensor:
     return torch.rand(40, 10, 12, 3, generator=torch.Generator().manual_seed(3)) * 255
 
 
-@pytest.fixture(scope="module")
-def network(images: Tensor) -> CertifiedNetwork:
+@pytest.fixture(
+    scope="module", params=[None, {"thresholds": (4.0, 90.0, 91.5, 200.0), "width": 60.0}], ids=["scaled", "thermometer"]
+)
+def network(images: Tensor, request: pytest.FixtureRequest) -> CertifiedNetwork:
     """Far from its initial weights, which no bound would be loose on; its batch norm has seen the images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = build_network("certified", CONFIG)
+        found = build_network("certified", CONFIG | {"thermometer": request.param})
         assert isinstance(found, CertifiedNetwork)
         with torch.no_grad():
             for value in found.parameters():

@@ -1,0 +1,91 @@
+"""Other gradients through what has none, or next to none (BPDA, Athalye et al. 2018): one surrogate that fails proves nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from models.networks.edge import EdgeNetwork, sobel_magnitude
+from models.networks.pixels import channels_first
+from models.networks.thermometer import Thermometer
+from training.system import Members, System
+
+
+class SoftEdges(EdgeNetwork):
+    """The same weights behind smooth edges, forward as well as backward: sigmoid((magnitude - threshold) / width)."""
+
+    def edges(self, pixels: Tensor) -> list[Tensor]:
+        magnitude = sobel_magnitude(channels_first(pixels))
+        width = self.config.surrogate_width
+        return [((magnitude - threshold) / width).sigmoid() - 0.5 for threshold in self.config.thresholds]
+
+
+class SoftThermometer(Thermometer):
+    """The surrogate's wide ramps, forward as well as backward."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.smooth(channels_first(pixels)[:, :, None]).flatten(1, 2)
+
+
+def narrow_edges(system: System, factor: float) -> System:
+    """The system with binary edges whose gradient comes from a sigmoid `factor` times as wide as in training."""
+    return _with_edges(system, EdgeNetwork, factor)
+
+
+def soft_edges(system: System, factor: float) -> System:
+    """The system with edges that are smooth forward, too; what fools it may or may not fool the binary one."""
+    return _with_edges(system, SoftEdges, factor)
+
+
+def other_ramps(system: System, reach: float) -> System:
+    """The system with thermometers whose gradient reaches this far beyond their ramps, whatever it was in training."""
+    return _with_thermometers(system, Thermometer, reach)
+
+
+def soft_ramps(system: System, reach: float) -> System:
+    """The system with thermometers that are as wide forward, too; what fools it may or may not fool the real one."""
+    return _with_thermometers(system, SoftThermometer, reach)
+
+
+def hears_edges(system: System) -> bool:
+    """Whether a voter with a share in the rule sees edges."""
+    return any(isinstance(network, EdgeNetwork) for network in _heard(system))
+
+
+def hears_thermometers(system: System) -> bool:
+    """Whether a voter with a share in the rule sees its pixels through a thermometer."""
+    return any(isinstance(getattr(network, "pixels", None), Thermometer) for network in _heard(system))
+
+
+def _heard(system: System) -> list[nn.Module]:
+    return [system.members.networks[voter.name] for voter in system.ensemble.voters if system.share(voter.name) > 0]
+
+
+def _with_edges(system: System, network: type[EdgeNetwork], factor: float) -> System:
+    def seen_otherwise(member: nn.Module) -> nn.Module:
+        if not isinstance(member, EdgeNetwork):
+            return member
+        width = factor * member.config.surrogate_width
+        changed = network(member.config.model_copy(update={"surrogate_width": width}))
+        changed.load_state_dict(member.state_dict())
+        return changed.to(next(member.parameters()).device).eval().requires_grad_(False)
+
+    return _with(system, seen_otherwise)
+
+
+def _with_thermometers(system: System, thermometer: type[Thermometer], reach: float) -> System:
+    def seen_otherwise(member: nn.Module) -> nn.Module:
+        if not isinstance(front := getattr(member, "pixels", None), Thermometer):
+            return member
+        changed = copy.deepcopy(member)
+        changed.pixels = thermometer(front.config.model_copy(update={"surrogate_reach": reach})).to(front.thresholds)
+        return changed
+
+    return _with(system, seen_otherwise)
+
+
+def _with(system: System, seen_otherwise: Callable[[nn.Module], nn.Module]) -> System:
+    networks = {name: seen_otherwise(member) for name, member in system.members.networks.items()}
+    return System(system.ensemble, Members(networks, system.members.masks_seed))
