@@ -54,19 +54,20 @@ class Thermometer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = channels_first(pixels)[:, :, None]
-        code = self._code(x)
+        code = self.code(x.detach())
         if x.requires_grad:
             soft = self.smooth(x)
             code = code + (soft - soft.detach())
         return code.flatten(1, 2)
 
+    def code(self, x: Tensor) -> Tensor:
+        """(n, c, 1, h, w) -> (n, c, t, h, w), the ramps themselves."""
+        return ((x - self.thresholds) / self.config.width).clamp(0, 1)
+
     def smooth(self, x: Tensor) -> Tensor:
         """The ramps whose gradient the backward pass takes."""
         reach = self.config.surrogate_reach
         return ((x - self.thresholds + reach) / (self.config.width + 2 * reach)).clamp(0, 1)
-
-    def _code(self, x: Tensor) -> Tensor:
-        return ((x.detach() - self.thresholds) / self.config.width).clamp(0, 1)
 
 
 def front(config: PixelConfig) -> Pixels | Thermometer:

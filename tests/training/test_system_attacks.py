@@ -20,7 +20,7 @@ from training.attacks.noise import random_noise
 from training.attacks.pgd import margin, to_uint8
 from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
-from training.attacks.surrogates import hears_thermometers, other_ramps, soft_ramps
+from training.attacks.surrogates import hears_thermometers, other_ramps, secant_ramps, soft_ramps
 from training.evaluation.suites import suite
 from training.system import Members, System
 
@@ -139,6 +139,7 @@ def test_a_thermometer_whose_gradient_does_not_reach_is_unmasked_by_the_suite() 
     assert direct > 0.8
     assert fooled(near, entries["pushed-margin-pgd"].attack) < 0.1  # it begins at the image, where all is flat
     assert fooled(near, ramps[0].attack) == pytest.approx(direct, abs=0.05)
+    assert fooled(near, entries["secant-ramps-pgd"].attack) == pytest.approx(direct, abs=0.05)
 
 
 def test_other_ramps_change_gradients_and_no_answer() -> None:
@@ -156,6 +157,18 @@ def test_other_ramps_change_gradients_and_no_answer() -> None:
     assert felt(soft) > 0.9
     other = system({"linear": Linear(weights(0, CLASSES), torch.zeros(CLASSES))}, CLASSES)
     assert not hears_thermometers(other)
+
+
+def test_a_secant_is_the_rise_of_the_code_over_the_ball() -> None:
+    """0 where the ball moves nothing, even within reach; else the same wherever in the ball the attack stands."""
+    toy = coded(4.0)
+    along = secant_ramps(toy.system, toy.pixels, EPSILON)
+    thermometer = along.members.networks["coded"].pixels
+    for pixels in (toy.pixels, toy.pixels - 3.0, toy.pixels + 2.0):
+        x = pixels.clone().requires_grad_()
+        assert torch.equal(along.log_probabilities(x), toy.system.log_probabilities(x))
+        (slope,) = torch.autograd.grad(thermometer(x).sum(), x)  # type: ignore[operator]
+        assert torch.allclose(slope, (toy.pixels == 97.0) * (0.5 / (2 * EPSILON)))  # the code of 101 is a half
 
 
 def stochastic(voters: int) -> System:

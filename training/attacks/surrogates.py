@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
 from models.networks.edge import EdgeNetwork, sobel_magnitude
 from models.networks.pixels import channels_first
-from models.networks.thermometer import Thermometer
+from models.networks.thermometer import Thermometer, ThermometerConfig
 from training.system import Members, System
 
 
@@ -29,6 +30,21 @@ class SoftThermometer(Thermometer):
         return self.smooth(channels_first(pixels)[:, :, None]).flatten(1, 2)
 
 
+class SecantThermometer(Thermometer):
+    """The gradient of every pixel is the rise of its code over all of the ball: only what the ball can move has one."""
+
+    def __init__(self, config: ThermometerConfig, pixels: Tensor, epsilon: float) -> None:
+        super().__init__(config)
+        self.to(pixels.device)
+        self.low = channels_first((pixels - epsilon).clamp(0, 255))[:, :, None]
+        high = channels_first((pixels + epsilon).clamp(0, 255))[:, :, None]
+        self.floor = self.code(self.low)
+        self.slope = (self.code(high) - self.floor) / (high - self.low)
+
+    def smooth(self, x: Tensor) -> Tensor:
+        return self.floor + (x - self.low) * self.slope
+
+
 def narrow_edges(system: System, factor: float) -> System:
     """The system with binary edges whose gradient comes from a sigmoid `factor` times as wide as in training."""
     return _with_edges(system, EdgeNetwork, factor)
@@ -41,12 +57,21 @@ def soft_edges(system: System, factor: float) -> System:
 
 def other_ramps(system: System, reach: float) -> System:
     """The system with thermometers whose gradient reaches this far beyond their ramps, whatever it was in training."""
-    return _with_thermometers(system, Thermometer, reach)
+    return _with_thermometers(system, partial(_reaching, Thermometer, reach))
 
 
 def soft_ramps(system: System, reach: float) -> System:
     """The system with thermometers that are as wide forward, too; what fools it may or may not fool the real one."""
-    return _with_thermometers(system, SoftThermometer, reach)
+    return _with_thermometers(system, partial(_reaching, SoftThermometer, reach))
+
+
+def secant_ramps(system: System, pixels: Tensor, epsilon: float) -> System:
+    """The system with thermometers whose gradient is the secant over the ball of each of these images, and of no others."""
+    return _with_thermometers(system, lambda config: SecantThermometer(config, pixels, epsilon))
+
+
+def _reaching(thermometer: type[Thermometer], reach: float, config: ThermometerConfig) -> Thermometer:
+    return thermometer(config.model_copy(update={"surrogate_reach": reach}))
 
 
 def hears_edges(system: System) -> bool:
@@ -75,12 +100,12 @@ def _with_edges(system: System, network: type[EdgeNetwork], factor: float) -> Sy
     return _with(system, seen_otherwise)
 
 
-def _with_thermometers(system: System, thermometer: type[Thermometer], reach: float) -> System:
+def _with_thermometers(system: System, other: Callable[[ThermometerConfig], Thermometer]) -> System:
     def seen_otherwise(member: nn.Module) -> nn.Module:
         if not isinstance(front := getattr(member, "pixels", None), Thermometer):
             return member
         changed = copy.deepcopy(member)
-        changed.pixels = thermometer(front.config.model_copy(update={"surrogate_reach": reach})).to(front.thresholds)
+        changed.pixels = other(front.config).to(front.thresholds.device)
         return changed
 
     return _with(system, seen_otherwise)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from models.ensemble import RuleName
@@ -18,7 +19,15 @@ from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
 from training.attacks.problem import Attack, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
-from training.attacks.surrogates import hears_edges, hears_thermometers, narrow_edges, other_ramps, soft_edges, soft_ramps
+from training.attacks.surrogates import (
+    hears_edges,
+    hears_thermometers,
+    narrow_edges,
+    other_ramps,
+    secant_ramps,
+    soft_edges,
+    soft_ramps,
+)
 from training.system import System
 
 Access = Literal["gradient", "scores", "none"]
@@ -27,6 +36,7 @@ Aims = Literal["rule", "features", "everything"]
 
 CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 CONTROL = "margin-pgd"  # the attack that every system is put to, controls included
+TOGETHER = 128  # images that margin-PGD steps at once
 FEW_IMAGES = 50  # of the noise with many draws
 
 
@@ -136,6 +146,7 @@ def assembled(
                 ("soft-ramps-pgd", soft_ramps, 0.5),
             )
         ),
+        Entry("secant-ramps-pgd", partial(_along_secants, attack=partial(direct, until_fooled=False)), applies=hears_thermometers),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
@@ -174,6 +185,15 @@ def _elsewhere(problem: Problem, change: Callable[[System], System], attack: Att
 def _other_ramps(problem: Problem, change: Callable[[System, float], System], epsilons: float, attack: Attack) -> Tensor:
     """The attack on a system whose thermometers have ramps that reach so many epsilons further."""
     return attack(problem.against(change(problem.system, epsilons * problem.epsilon)))
+
+
+def _along_secants(problem: Problem, attack: Attack) -> Tensor:
+    """The attack along each image's own secants, on as many at once as it keeps together: it may leave none of them out."""
+    found = []
+    for some in torch.arange(len(problem.pixels), device=problem.pixels.device).split(TOGETHER):
+        part = replace(problem, pixels=problem.pixels[some], labels=problem.labels[some])
+        found.append(attack(part.against(secant_ramps(part.system, part.pixels, part.epsilon))))
+    return torch.cat(found)
 
 
 def _described(function: Callable[..., object]) -> str:
