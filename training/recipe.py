@@ -143,11 +143,17 @@ class Recipe(Frozen):
                 raise ValueError(f"member {name}: ramp: expected a share of training, above 0 and at most 1")
             from_data = {"classes": 2, "channels": 1, "mean": (0.0,), "std": (1.0,)}
             try:
-                NETWORKS[name].config.model_validate(from_data | member.network)
+                config = NETWORKS[name].config.model_validate(from_data | member.network)
             except ValidationError as error:
                 detail = error.errors(include_url=False)[0]
                 where = ".".join(map(str, detail["loc"]))
                 raise ValueError(f"member {name}: network.{where}: {detail['msg'].removeprefix('Value error, ')}") from None
+            thermometer = getattr(config, "thermometer", None)
+            if thermometer is not None and thermometer.surrogate_reach < self.epsilon:
+                raise ValueError(
+                    f"member {name}: network.thermometer: surrogate_reach {thermometer.surrogate_reach:g} is less than epsilon, "
+                    f"{self.epsilon:g}: the inner attack would not see all ramps in its reach"
+                )
         return self
 
     def hardened(self, member: MemberKind) -> bool:

@@ -1,10 +1,12 @@
 """Pixels as a thermometer shows them: how far above each of a few thresholds (Category 2: non-robust detail is removed).
 
-What moves a pixel between two thresholds, and by less than the way to the next, moves nothing: with a first threshold of
-epsilon, a black background stays black under every perturbation of the ball.
+Between the end of one ramp and the next threshold nothing moves: with a first threshold of epsilon, a black background stays
+black under every perturbation of the ball.
 """
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,15 +15,22 @@ from torch import Tensor, nn
 from models.networks.pixels import Pixels, channels_first
 from models.networks.spec import NetworkConfig
 
+Threshold = Annotated[float, Field(ge=0, lt=255)]
+
 
 class ThermometerConfig(BaseModel):
     """Settings of `Thermometer`, in pixel units 0..255."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    thresholds: tuple[float, ...] = Field(min_length=1, description="where each plane begins to rise from 0")
-    width: float = Field(gt=0, description="over how many pixel units it rises to 1")
-    surrogate_reach: float = Field(25.5, ge=0, description="how far beyond both ends of the ramp its gradient reaches (BPDA)")
+    thresholds: tuple[Threshold, ...] = Field(min_length=1, description="where each plane begins to rise from 0")
+    width: float = Field(ge=1, le=255, description="over how many pixel units it rises to 1")
+    surrogate_reach: float = Field(
+        25.5,
+        ge=0,
+        le=255,
+        description="how far beyond its ramp a plane has a gradient (BPDA); in a recipe at least epsilon",
+    )
 
 
 class PixelConfig(NetworkConfig):
@@ -36,7 +45,8 @@ class PixelConfig(NetworkConfig):
 
 
 class Thermometer(nn.Module):
-    """(n, h, w, c) uint8, or float in 0..255, -> (n, c t, h, w) in 0..1: clamp((x - threshold) / width, 0, 1), t thresholds.
+    """(n, h, w, c) uint8, or float in 0..255, -> (n, c t, h, w) in 0..1: clamp((x - threshold) / width, 0, 1) for
+    each of t thresholds, the planes of one channel together.
 
     A thermometer code (Buckman et al. 2018) with ramps for steps, so that it is continuous. It does not fall where a pixel
     rises: an interval of pixels becomes the interval between the codes of its ends, exactly.

@@ -46,6 +46,14 @@ def test_an_unknown_recipe_is_answered_with_those_that_ship() -> None:
             "member metric: network.radus: Extra inputs",
             id="a misspelt setting of a network",
         ),
+        pytest.param(
+            {
+                "epsilon": 32,
+                "members": {"adversarial": {"attack": {}, "network": {"thermometer": {"thresholds": [32], "width": 9}}}},
+            },
+            "surrogate_reach 25.5 is less than epsilon, 32",
+            id="a thermometer whose gradient does not reach",
+        ),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:

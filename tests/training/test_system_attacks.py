@@ -20,7 +20,7 @@ from training.attacks.noise import random_noise
 from training.attacks.pgd import margin, to_uint8
 from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
-from training.attacks.surrogates import hears_thermometers, other_ramps, secant_ramps, soft_ramps
+from training.attacks.surrogates import foresighted, hears_thermometers, other_ramps, soft_ramps
 from training.evaluation.suites import suite
 from training.system import Members, System
 
@@ -139,7 +139,58 @@ def test_a_thermometer_whose_gradient_does_not_reach_is_unmasked_by_the_suite() 
     assert direct > 0.8
     assert fooled(near, entries["pushed-margin-pgd"].attack) < 0.1  # it begins at the image, where all is flat
     assert fooled(near, ramps[0].attack) == pytest.approx(direct, abs=0.05)
-    assert fooled(near, entries["secant-ramps-pgd"].attack) == pytest.approx(direct, abs=0.05)
+    assert fooled(near, entries["foresighted-pgd"].attack) == pytest.approx(direct, abs=0.05)
+
+
+class Bumps(nn.Module):
+    """Two planes that cancel each other but between their ramps: what a fixed slope for each plane says of them is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels = Thermometer(ThermometerConfig(thresholds=(25.5, 89.25), width=38.25))
+        self.weights = nn.Parameter(weights(0, CLASSES, 1.0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        code: Tensor = self.pixels(pixels)
+        first, second = code.unflatten(1, (3, 2)).permute(2, 0, 3, 4, 1).flatten(2).flatten(2)
+        logits: Tensor = (first - second) @ self.weights
+        return logits
+
+
+def test_bumps_that_cancel_are_seen_by_the_attack_that_knows_the_ball() -> None:
+    net = Bumps()
+    pixels = torch.tensor([0.0, 76.0])[torch.randint(0, 2, (150, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(5))]
+    toy = problem(system({"bumps": net}, CLASSES), pixels, net(pixels).argmax(dim=1), epsilon=25.5)
+    entries = {entry.name: entry.attack for entry in suite("quick").entries}
+
+    def wrong(attack: Attack) -> float:
+        found = attack(toy)
+        assert float((found - pixels).abs().max()) <= 25.5 + 1e-4
+        return float((toy.system.judge(found).label != toy.labels).float().mean())
+
+    assert wrong(entries["pushed-margin-pgd"]) < 0.1
+    assert wrong(entries["foresighted-pgd"]) > 0.5
+
+
+def test_a_weight_of_0_hides_no_thermometer_that_nobody_hears() -> None:
+    plain = Linear(weights(0, CLASSES), torch.zeros(CLASSES))
+    for share, heard in ((0.0, False), (0.5, True)):
+        toy = system(
+            {"plain": plain, "coded": Coded(4.0)}, CLASSES, RuleName.WEIGHTED, weights={"plain": 1 - share, "coded": share}
+        )
+        assert hears_thermometers(toy) == heard
+
+
+def test_every_thermometer_of_a_system_is_exchanged_and_nothing_else() -> None:
+    members = {"plain": Linear(weights(0, CLASSES), torch.zeros(CLASSES)), "one": Coded(4.0), "other": Coded(4.0)}
+    toy = system(members, CLASSES)
+    changed = foresighted(toy, images(2), EPSILON).members.networks
+    assert [type(getattr(changed[name], "pixels", None)).__name__ for name in members] == [
+        "NoneType",
+        *["ForesightedThermometer"] * 2,
+    ]
+    assert changed["plain"] is toy.members.networks["plain"]
+    assert type(members["one"].pixels) is Thermometer
 
 
 def test_other_ramps_change_gradients_and_no_answer() -> None:
@@ -157,18 +208,6 @@ def test_other_ramps_change_gradients_and_no_answer() -> None:
     assert felt(soft) > 0.9
     other = system({"linear": Linear(weights(0, CLASSES), torch.zeros(CLASSES))}, CLASSES)
     assert not hears_thermometers(other)
-
-
-def test_a_secant_is_the_rise_of_the_code_over_the_ball() -> None:
-    """0 where the ball moves nothing, even within reach; else the same wherever in the ball the attack stands."""
-    toy = coded(4.0)
-    along = secant_ramps(toy.system, toy.pixels, EPSILON)
-    thermometer = along.members.networks["coded"].pixels
-    for pixels in (toy.pixels, toy.pixels - 3.0, toy.pixels + 2.0):
-        x = pixels.clone().requires_grad_()
-        assert torch.equal(along.log_probabilities(x), toy.system.log_probabilities(x))
-        (slope,) = torch.autograd.grad(thermometer(x).sum(), x)  # type: ignore[operator]
-        assert torch.allclose(slope, (toy.pixels == 97.0) * (0.5 / (2 * EPSILON)))  # the code of 101 is a half
 
 
 def stochastic(voters: int) -> System:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.networks.edge import EdgeNetwork, sobel_magnitude
@@ -30,19 +32,43 @@ class SoftThermometer(Thermometer):
         return self.smooth(channels_first(pixels)[:, :, None]).flatten(1, 2)
 
 
-class SecantThermometer(Thermometer):
-    """The gradient of every pixel is the rise of its code over all of the ball: only what the ball can move has one."""
+class _TowardsBest(torch.autograd.Function):
+    """The code; backward, for every pixel the slope towards the place in its ball where the code is worth most to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, thermometer: Thermometer) -> Tensor:
+        ctx.save_for_backward(x, low, high)
+        ctx.thermometer = thermometer
+        return thermometer.code(x)
+
+    @staticmethod
+    def backward(ctx: Any, wanted: Tensor) -> tuple[Tensor, None, None, None]:
+        x, low, high = ctx.saved_tensors
+        thermometer: Thermometer = ctx.thermometer
+        here = (wanted * thermometer.code(x)).sum(dim=2, keepdim=True)
+        best, place = torch.zeros_like(here), x
+        corners = thermometer.thresholds.flatten()
+        for corner in (low, high, *corners, *(corners + thermometer.config.width)):
+            there = torch.minimum(torch.maximum(torch.as_tensor(corner), low), high)
+            gain = (wanted * thermometer.code(there)).sum(dim=2, keepdim=True) - here
+            best, place = torch.maximum(gain, best), torch.where(gain > best, there, place)
+        way = place - x
+        return torch.where(way.abs() > 1e-3, best / way, 0.0), None, None, None
+
+
+class ForesightedThermometer(Thermometer):
+    """Every pixel's gradient points to the best place in the ball of its image, across ramps that cancel one another."""
 
     def __init__(self, config: ThermometerConfig, pixels: Tensor, epsilon: float) -> None:
         super().__init__(config)
-        self.to(pixels.device)
         self.low = channels_first((pixels - epsilon).clamp(0, 255))[:, :, None]
-        high = channels_first((pixels + epsilon).clamp(0, 255))[:, :, None]
-        self.floor = self.code(self.low)
-        self.slope = (self.code(high) - self.floor) / (high - self.low)
+        self.high = channels_first((pixels + epsilon).clamp(0, 255))[:, :, None]
 
-    def smooth(self, x: Tensor) -> Tensor:
-        return self.floor + (x - self.low) * self.slope
+    def forward(self, pixels: Tensor) -> Tensor:
+        code: Tensor = _TowardsBest.apply(  # type: ignore[no-untyped-call]
+            channels_first(pixels)[:, :, None], self.low, self.high, self
+        )
+        return code.flatten(1, 2)
 
 
 def narrow_edges(system: System, factor: float) -> System:
@@ -65,9 +91,9 @@ def soft_ramps(system: System, reach: float) -> System:
     return _with_thermometers(system, partial(_reaching, SoftThermometer, reach))
 
 
-def secant_ramps(system: System, pixels: Tensor, epsilon: float) -> System:
-    """The system with thermometers whose gradient is the secant over the ball of each of these images, and of no others."""
-    return _with_thermometers(system, lambda config: SecantThermometer(config, pixels, epsilon))
+def foresighted(system: System, pixels: Tensor, epsilon: float) -> System:
+    """The system with thermometers whose gradient knows the ball of each of these images; to be asked about no others."""
+    return _with_thermometers(system, lambda config: ForesightedThermometer(config, pixels, epsilon))
 
 
 def _reaching(thermometer: type[Thermometer], reach: float, config: ThermometerConfig) -> Thermometer:

@@ -20,11 +20,11 @@ from training.attacks.noise import random_noise
 from training.attacks.problem import Attack, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
 from training.attacks.surrogates import (
+    foresighted,
     hears_edges,
     hears_thermometers,
     narrow_edges,
     other_ramps,
-    secant_ramps,
     soft_edges,
     soft_ramps,
 )
@@ -125,9 +125,10 @@ def assembled(
     several, screened = _has_several_voters, _has_detectors
     direct = partial(whole_system, steps=steps, restarts=restarts)
     once = partial(whole_system, steps=steps, restarts=1)
+    pushed = partial(once, until_fooled=False)
     entries = [
         Entry(CONTROL, direct),
-        Entry("pushed-margin-pgd", partial(whole_system, steps=steps, restarts=1, until_fooled=False)),
+        Entry("pushed-margin-pgd", pushed),
         Entry("apgd-ce", partial(apgd_ce, iterations=apgd, restarts=1)),
         Entry("apgd-targeted", partial(apgd_targeted, iterations=apgd, targets=targets)),
         Entry("square", partial(square, queries=queries), "scores"),
@@ -139,14 +140,14 @@ def assembled(
         Entry("narrow-edges-pgd", partial(_elsewhere, change=partial(narrow_edges, factor=0.5), attack=once), applies=hears_edges),
         Entry("soft-edges-pgd", partial(_elsewhere, change=partial(soft_edges, factor=1.0), attack=once), applies=hears_edges),
         *(
-            Entry(name, partial(_other_ramps, change=change, epsilons=epsilons, attack=once), applies=hears_thermometers)
+            Entry(name, partial(_other_ramps, change=change, epsilons=epsilons, attack=pushed), applies=hears_thermometers)
             for name, change, epsilons in (
                 ("wide-ramps-pgd", other_ramps, 2.0),
                 ("narrow-ramps-pgd", other_ramps, 0.25),
                 ("soft-ramps-pgd", soft_ramps, 0.5),
             )
         ),
-        Entry("secant-ramps-pgd", partial(_along_secants, attack=partial(direct, until_fooled=False)), applies=hears_thermometers),
+        Entry("foresighted-pgd", partial(_foresighted, attack=partial(direct, until_fooled=False)), applies=hears_thermometers),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
@@ -187,12 +188,12 @@ def _other_ramps(problem: Problem, change: Callable[[System, float], System], ep
     return attack(problem.against(change(problem.system, epsilons * problem.epsilon)))
 
 
-def _along_secants(problem: Problem, attack: Attack) -> Tensor:
-    """The attack along each image's own secants, on as many at once as it keeps together: it may leave none of them out."""
+def _foresighted(problem: Problem, attack: Attack) -> Tensor:
+    """The attack with each image's ball known to its gradient, on as many at once as it keeps together: it may leave none out."""
     found = []
     for some in torch.arange(len(problem.pixels), device=problem.pixels.device).split(TOGETHER):
         part = replace(problem, pixels=problem.pixels[some], labels=problem.labels[some])
-        found.append(attack(part.against(secant_ramps(part.system, part.pixels, part.epsilon))))
+        found.append(attack(part.against(foresighted(part.system, part.pixels, part.epsilon))))
     return torch.cat(found)
 
 

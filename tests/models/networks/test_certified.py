@@ -81,10 +81,11 @@ def test_a_ball_that_is_a_point_has_the_differences_themselves(network: Certifie
     assert torch.allclose(network(images, y, 0.0), differences(network(images), y), atol=1e-4)
 
 
-def test_where_no_relu_bends_the_bounds_are_those_of_the_hidden_units() -> None:
+@pytest.mark.parametrize("thermometer", [None, {"thresholds": (99.0, 101.0), "width": 1.5}], ids=["scaled", "thermometer"])
+def test_where_no_relu_bends_the_bounds_are_those_of_the_hidden_units(thermometer: dict[str, object] | None) -> None:
     """Weights positive, every unit alive: each hidden unit rises with every pixel, so that its least and its most are known."""
     torch.manual_seed(2)
-    found = build_network("certified", CONFIG).eval()
+    found = build_network("certified", CONFIG | {"thermometer": thermometer}).eval()
     assert isinstance(found, CertifiedNetwork)
     hidden: list[Tensor] = []
     found.head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))

@@ -76,6 +76,11 @@ def test_a_coded_network_answers_alike_in_torch_and_onnx_runtime(kind: str) -> N
         ({"thresholds": (), "width": 1.0}, "thresholds"),
         ({"thresholds": (3.0,), "width": 0.0}, "width"),
         ({"width": 3.0}, "thresholds"),
+        ({"thresholds": (float("inf"),), "width": 3.0}, "thresholds"),
+        ({"thresholds": (float("nan"),), "width": 3.0}, "thresholds"),
+        ({"thresholds": (-3.0,), "width": 3.0}, "thresholds"),
+        ({"thresholds": (3.0,), "width": float("inf")}, "width"),
+        ({"thresholds": (3.0,), "width": 3.0, "surrogate_reach": float("inf")}, "surrogate_reach"),
     ],
 )
 def test_a_thermometer_that_cannot_be_read_is_refused(settings: dict[str, object], says: str) -> None:
