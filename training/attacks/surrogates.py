@@ -132,6 +132,7 @@ def _with_thermometers(system: System, other: Callable[[ThermometerConfig], Ther
             return member
         changed = copy.deepcopy(member)
         changed.pixels = other(front.config).to(front.thresholds.device)
+        changed.pixels.load_state_dict(front.state_dict())  # what is served, whatever its settings say
         return changed
 
     return _with(system, seen_otherwise)
