@@ -80,6 +80,12 @@ class Thermometer(nn.Module):
         return ((x - self.thresholds + reach) / (self.config.width + 2 * reach)).clamp(0, 1)
 
 
+def thermometer_of(network: nn.Module) -> Thermometer | None:
+    """The thermometer through which a network sees its pixels, if it has one."""
+    first = getattr(network, "pixels", None)
+    return first if isinstance(first, Thermometer) else None
+
+
 def front(config: PixelConfig) -> Pixels | Thermometer:
     """The first layer of a network: pixels (n, h, w, c) -> (n, `config.planes`, h, w), never falling where a pixel rises."""
     return Thermometer(config.thermometer) if config.thermometer else Pixels(config.mean, config.std)

@@ -15,6 +15,9 @@ Logits = Callable[[Tensor], Tensor]
 FOOLED = 1e-3
 """A margin that no rounding takes back; an attack that stops earlier may find its image judged right."""
 
+TOGETHER = 128
+"""Images that margin-PGD steps at once."""
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits (n, k), labels (n,) -> (n,) to be maximised; an image counts as fooled by its label, not by the loss."""
 
@@ -81,7 +84,7 @@ def margin_pgd(
     generator: torch.Generator,
     restarts: int = 5,
     step_size: float | None = None,
-    batch_size: int = 128,
+    batch_size: int = TOGETHER,
     until_fooled: bool = True,
 ) -> Attacked:
     """PGD on the margin, step eps/8 unless told otherwise; the first start is the image itself, the others random.

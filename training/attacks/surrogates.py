@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.networks.edge import EdgeNetwork, sobel_magnitude
 from models.networks.pixels import channels_first
-from models.networks.thermometer import Thermometer, ThermometerConfig
+from models.networks.thermometer import Thermometer, ThermometerConfig, thermometer_of
 from training.system import Members, System
 
 
@@ -107,7 +107,7 @@ def hears_edges(system: System) -> bool:
 
 def hears_thermometers(system: System) -> bool:
     """Whether a voter with a share in the rule sees its pixels through a thermometer."""
-    return any(isinstance(getattr(network, "pixels", None), Thermometer) for network in _heard(system))
+    return any(thermometer_of(network) is not None for network in _heard(system))
 
 
 def _heard(system: System) -> list[nn.Module]:
@@ -128,7 +128,7 @@ def _with_edges(system: System, network: type[EdgeNetwork], factor: float) -> Sy
 
 def _with_thermometers(system: System, other: Callable[[ThermometerConfig], Thermometer]) -> System:
     def seen_otherwise(member: nn.Module) -> nn.Module:
-        if not isinstance(front := getattr(member, "pixels", None), Thermometer):
+        if (front := thermometer_of(member)) is None:
             return member
         changed = copy.deepcopy(member)
         changed.pixels = other(front.config).to(front.thresholds.device)

@@ -18,7 +18,7 @@ from models.card import CARD_FILE, encode_card
 from models.durable import replace_file
 from models.ensemble import Decision, Ensemble, Verdict, decide
 from models.networks.edge import EdgeNetwork
-from models.networks.thermometer import Thermometer
+from models.networks.thermometer import thermometer_of
 from training.evaluation import attack, equal_size
 from training.evaluation.campaign import ROUNDED, Campaign, Unit
 from training.evaluation.card import ablated_on, build, ledgers_of
@@ -153,6 +153,6 @@ def _seen(campaign: Campaign, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np
             planes = network.edges(torch.from_numpy(pixels[None]).to(campaign.members.device))
             strength = torch.stack([plane.mean(dim=1) + 0.5 for plane in planes]).mean(dim=0)
             seen[name] = strength[0].cpu().numpy()
-        elif isinstance(front := getattr(network, "pixels", None), Thermometer):
-            seen[name] = front(torch.from_numpy(pixels[None]).to(campaign.members.device)).mean(dim=1)[0].cpu().numpy()
+        elif (thermometer := thermometer_of(network)) is not None:
+            seen[name] = thermometer(torch.from_numpy(pixels[None]).to(campaign.members.device)).mean(dim=1)[0].cpu().numpy()
     return seen

@@ -17,6 +17,7 @@ from training.attacks.features import feature_adversary, has_centers
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
+from training.attacks.pgd import TOGETHER
 from training.attacks.problem import Attack, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
 from training.attacks.surrogates import (
@@ -36,7 +37,6 @@ Aims = Literal["rule", "features", "everything"]
 
 CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 CONTROL = "margin-pgd"  # the attack that every system is put to, controls included
-TOGETHER = 128  # images that margin-PGD steps at once
 FEW_IMAGES = 50  # of the noise with many draws
 
 
@@ -185,7 +185,7 @@ def _elsewhere(problem: Problem, change: Callable[[System], System], attack: Att
 
 def _other_ramps(problem: Problem, change: Callable[[System, float], System], epsilons: float, attack: Attack) -> Tensor:
     """The attack on a system whose thermometers have ramps that reach so many epsilons further."""
-    return attack(problem.against(change(problem.system, epsilons * problem.epsilon)))
+    return _elsewhere(problem, lambda system: change(system, epsilons * problem.epsilon), attack)
 
 
 def _foresighted(problem: Problem, attack: Attack) -> Tensor:
