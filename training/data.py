@@ -66,7 +66,7 @@ def load_splits(recipe: DataRecipe, source: str | None = None) -> Splits:
     """Read every split. `source` overrides the recipe's, so that a local folder can stand in for a hub id."""
     where = source or recipe.source
     loaded = _load(where, recipe.revision if source is None else None)
-    train, classes = _read(loaded, recipe.train, where)
+    train, classes = _read_all(loaded, recipe.training_splits, where)
     parts: dict[str, Images] = {}
     for name, chosen in (("test", recipe.test), ("calibration", recipe.calibration)):
         if isinstance(chosen, int):
@@ -133,6 +133,19 @@ def _load(where: str, revision: str | None) -> datasets.DatasetDict:
             f"cannot load images from {where!r}: expected a hub id, a folder with parquet files, or a folder of class folders"
             f" ({type(error).__name__}: {error})"
         ) from error
+
+
+def _read_all(loaded: datasets.DatasetDict, names: list[str], where: str) -> tuple[Images, tuple[str, ...]]:
+    """Several splits as one, in the order of their names."""
+    parts, classes = [], ()
+    for name in names:
+        part, classes = _read(loaded, name, where)
+        parts.append(part)
+        if part.pixels.shape[1:] != parts[0].pixels.shape[1:]:
+            raise InvalidData(
+                f"{where}: the {name} images have shape {part.pixels.shape[1:]}, the {names[0]} images {parts[0].pixels.shape[1:]}"
+            )
+    return Images(np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts])), classes
 
 
 def _read(loaded: datasets.DatasetDict, split: str, where: str) -> tuple[Images, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +28,7 @@ class DataRecipe(Frozen):
 
     source: str = Field(description="a hub id, a folder that `datasets.load_dataset` reads, or a folder of class folders")
     revision: str | None = Field(None, description="revision of the hub data set")
-    train: str = Field("train", description="split to train on")
+    train: str = Field("train", description="split to train on, or several with a + between")
     test: str | int = Field("test", description="split that is only ever scored, or how many training images to hold out")
     calibration: str | int = Field(
         "validation", description="split of the detector tables, or how many training images to hold out"
@@ -37,6 +37,21 @@ class DataRecipe(Frozen):
     split_seed: int = Field(42, description="seed of the stratified splits")
     symmetry: Symmetry = Field("mirror", description="none, mirror (left-right), or dihedral (flips and right-angle rotations)")
     shift: int = Field(2, ge=0, description="largest random shift in pixels")
+
+    @property
+    def training_splits(self) -> list[str]:
+        """The names in `train`, one a split."""
+        return self.train.split("+")
+
+    @model_validator(mode="after")
+    def _every_image_has_one_use(self) -> Self:
+        names = [*self.training_splits, *(name for name in (self.test, self.calibration) if isinstance(name, str))]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"train, test and calibration should share no split, but {', '.join(repeated)} is named twice; to train on it "
+                f"and keep some of its images back, say how many, as in `calibration: 2000`"
+            )
+        return self
 
 
 class AttackRecipe(Frozen):

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from models.manifest import InputSpec
 from service.images import PixelBudget, decode_image
@@ -43,6 +44,44 @@ def test_calibration_images_can_be_held_out_of_train() -> None:
     splits = load_splits(RECIPE.model_copy(update={"calibration": 50}))
     assert len(splits.calibration) == 50
     assert collections.Counter(splits.calibration.labels.tolist()) == dict.fromkeys(range(10), 5)
+
+
+def test_several_splits_can_be_trained_on() -> None:
+    whole = datasets.load_dataset(str(SAMPLE))
+    splits = load_splits(RECIPE.model_copy(update={"train": "train+validation", "calibration": 50}))
+    used = [image.tobytes() for part in (splits.fit, splits.held_out, splits.calibration) for image in part.pixels]
+    alone = [
+        image.tobytes()
+        for source in ("train", "validation")
+        for image in load_splits(DataRecipe(source=str(SAMPLE), train=source, calibration=50, held_out=0.1)).fit.pixels
+    ]
+    assert len(used) == len(set(used)) == len(whole["train"]) + len(whole["validation"])
+    assert set(alone) < set(used)
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [
+        ({"train": "train+validation"}, "validation"),
+        ({"train": "train+test", "calibration": 50}, "test"),
+        ({"train": "train+train"}, "train"),
+        ({"calibration": "test"}, "test"),
+    ],
+)
+def test_no_split_has_two_uses(change: dict[str, object], shared: str) -> None:
+    with pytest.raises(ValidationError, match=f"should share no split, but {shared} is named twice; to train on it"):
+        DataRecipe.model_validate({"source": str(SAMPLE), **change})
+
+
+def test_splits_trained_on_have_images_of_one_size(tmp_path: Path) -> None:
+    for split, side in (("train", 8), ("validation", 9)):
+        for name in ("forest", "lake"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(folder / f"{i}.png")
+    with pytest.raises(InvalidData, match=r"the validation images have shape \(9, 9, 3\), the train images \(8, 8, 3\)"):
+        load_splits(DataRecipe(source=str(tmp_path), train="train+validation", test=2, calibration=2))
 
 
 def test_class_folders_are_read_as_classes(tmp_path: Path) -> None:
@@ -126,7 +165,7 @@ def test_images_of_different_size_are_refused(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(folder / f"{i}.png")
     with pytest.raises(InvalidData, match=r"expected images alike, got height, width and channels \(9, 9, 3\) for image"):
-        load_splits(DataRecipe(source=str(tmp_path), test="train", calibration=2))
+        load_splits(DataRecipe(source=str(tmp_path), test=2, calibration=2))
 
 
 def test_a_stratified_split_keeps_proportions_and_is_repeatable() -> None:
