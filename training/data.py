@@ -137,15 +137,14 @@ def _load(where: str, revision: str | None) -> datasets.DatasetDict:
 
 def _read_all(loaded: datasets.DatasetDict, names: list[str], where: str) -> tuple[Images, tuple[str, ...]]:
     """Several splits as one, in the order of their names."""
-    parts, classes = [], ()
-    for name in names:
-        part, classes = _read(loaded, name, where)
-        parts.append(part)
-        if part.pixels.shape[1:] != parts[0].pixels.shape[1:]:
+    read = [_read(loaded, name, where) for name in names]
+    first, classes = read[0]
+    for name, (part, _) in zip(names, read, strict=True):
+        if part.pixels.shape[1:] != first.pixels.shape[1:]:
             raise InvalidData(
-                f"{where}: the {name} images have shape {part.pixels.shape[1:]}, the {names[0]} images {parts[0].pixels.shape[1:]}"
+                f"{where}: the {name} images have shape {part.pixels.shape[1:]}, the {names[0]} images {first.pixels.shape[1:]}"
             )
-    return Images(np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts])), classes
+    return Images(np.concatenate([part.pixels for part, _ in read]), np.concatenate([part.labels for part, _ in read])), classes
 
 
 def _read(loaded: datasets.DatasetDict, split: str, where: str) -> tuple[Images, tuple[str, ...]]:

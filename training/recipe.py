@@ -76,6 +76,13 @@ class Schedule(Frozen):
     ema_decay: float = Field(0.998, ge=0, lt=1, description="decay of the weight average per step")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        for name in ("momentum", "weight_decay"):
+            if self.optimizer == "adam" and getattr(self, name) != Schedule.model_fields[name].default:
+                raise ValueError(f"adam has no {name} here: leave it out, or take `optimizer: sgd`")
+        return self
+
 
 class MemberRecipe(Frozen):
     """One member: its network, its defense's own settings, its schedule."""

@@ -47,6 +47,11 @@ def test_an_unknown_recipe_is_answered_with_those_that_ship() -> None:
             id="a misspelt setting of a network",
         ),
         pytest.param(
+            {"members": {"bayesian": {"schedule": {"optimizer": "adam", "weight_decay": 0.01}}}},
+            "adam has no weight_decay here",
+            id="a setting that the optimizer does not read",
+        ),
+        pytest.param(
             {
                 "epsilon": 32,
                 "members": {"adversarial": {"attack": {}, "network": {"thermometer": {"thresholds": [32], "width": 9}}}},
