@@ -8,12 +8,14 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.ensemble import (
+    Decision,
     DetectorName,
     Ensemble,
     Reading,
@@ -98,9 +100,18 @@ def log_probabilities(ensemble: Ensemble, members: Members) -> Callable[[Tensor]
     return forward
 
 
+NO_CLASS = -1
+"""The label of an image for which a member's output is not finite: nobody's, so that it is never right and never robust."""
+
+
+def label_of(decision: Decision) -> Any:
+    """(n,) int64, of the decision's own kind of array, NO_CLASS where it has no class to give."""
+    return array_namespace(decision.label).where(decision.finite, decision.label, NO_CLASS)
+
+
 @dataclass(frozen=True)
 class Judged:
-    """What the deployed rule says of n images: label (n,) int64, combined p-value (n,) in (0, 1]."""
+    """What the deployed rule says of n images: label (n,) int64, NO_CLASS for none, combined p-value (n,) in (0, 1]."""
 
     label: Tensor
     p_value: Tensor
@@ -118,9 +129,18 @@ class System:
         self._stairs = [_staircase(table, members.device) for table in self._deciding.tables]
 
     def under(self, rule: RuleName) -> System:
-        """The voters that have a share, with that share, under another rule."""
-        voters = tuple(replace(voter, weight=self.share(voter.name)) for voter in self._speaking.voters)
+        """The voters that have a share, with their part in the probabilities, under another rule."""
+        voters = tuple(replace(voter, weight=self.part(voter.name)) for voter in self._speaking.voters)
         return System(replace(self.ensemble, voters=voters, rule=rule), self.members)
+
+    def part(self, voter: str) -> float:
+        """How much of the probabilities is a voter's: its share, in the mixed rule of what its side has, 1 - alpha or alpha."""
+        sides = {v.name: v.strength == "accurate" for v in self._speaking.voters}
+        share = self.share(voter)
+        if self.ensemble.rule != RuleName.MIXED or len(set(sides.values())) < 2:
+            return share
+        alpha, accurate = self.ensemble.alpha, sides[voter]
+        return (alpha if not accurate else 1 - alpha) * share / sum(self.share(v) for v in sides if sides[v] == accurate)
 
     def share(self, voter: str) -> float:
         """A voter's part in the rule, 1 where the rule ignores weights; accurate voters always speak in the mixed one."""
@@ -175,7 +195,7 @@ class System:
         """Label and p-value as deployed, without gradient."""
         with torch.no_grad():
             decision = decide(self.ensemble, self.members.outputs(self.ensemble.members, pixels))
-        return Judged(decision.label, decision.p_value)
+        return Judged(label_of(decision), decision.p_value)
 
     def evidence(self, pixels: Tensor) -> tuple[Tensor, Tensor, Judged]:
         """Log-probabilities (n, k), the statistic (n,) made differentiable, and what the deployed rule says.
@@ -193,7 +213,7 @@ class System:
             statistic = statistic + _interpolated(knots, heights, score)
         with torch.no_grad():
             decision = decide(ensemble, {name: output.detach() for name, output in outputs.items()})
-        return log_p, statistic, Judged(decision.label, decision.p_value)
+        return log_p, statistic, Judged(label_of(decision), decision.p_value)
 
     def threshold(self, rate: Literal["review", "reject"]) -> float:
         """The statistic above which the verdict is at least SUSPECT (review), or REJECTED (reject)."""

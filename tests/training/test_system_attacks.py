@@ -13,7 +13,7 @@ from models.ensemble import DetectorName, RuleName, decide
 from models.networks import build_network
 from models.networks.thermometer import Thermometer, ThermometerConfig
 from tests.training.toys import EPSILON, SIDE, Linear, Masked, images, problem, system, weights
-from training.attacks.detectors import joint, orthogonal
+from training.attacks.detectors import joint, orthogonal, surely_wrong
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.masks import fresh_masks, hears_masks
 from training.attacks.noise import random_noise
@@ -22,7 +22,7 @@ from training.attacks.problem import Attack, Findings, Problem
 from training.attacks.rule import reweighed, surrogate, whole_system
 from training.attacks.surrogates import foresighted, hears_thermometers, other_ramps, soft_ramps
 from training.evaluation.suites import suite
-from training.system import Members, System
+from training.system import NO_CLASS, Members, System
 
 CLASSES = 5
 MARGIN_PGD = partial(whole_system, steps=40, restarts=2)
@@ -50,7 +50,7 @@ def optimum(net: Linear, pixels: Tensor, y: Tensor) -> Tensor:
         pytest.param(partial(whole_system, steps=40, restarts=2, until_fooled=False), id="margin-PGD on the system"),
         pytest.param(partial(reweighed, steps=40, restarts=1), id="reweighed voters"),
         pytest.param(partial(surrogate, rule=RuleName.LOG_POOL, steps=40, restarts=1), id="the logits' surrogate"),
-        pytest.param(partial(surrogate, rule=RuleName.SOFT, steps=40, restarts=1), id="the probabilities' surrogate"),
+        pytest.param(partial(surrogate, rule=RuleName.WEIGHTED, steps=40, restarts=1), id="the probabilities' surrogate"),
     ],
 )
 def test_an_attack_reaches_the_known_optimum_of_a_linear_system(attack: Attack) -> None:
@@ -278,6 +278,68 @@ def test_an_attack_on_rule_and_detector_gets_past_both_more_often_than_one_on_th
     assert knowing >= plain + 0.2
 
 
+PUSHED = partial(whole_system, steps=40, restarts=1, until_fooled=False)
+
+
+def hesitant() -> tuple[System, Tensor, Tensor]:
+    """A linear network under the detector of small margins; images labelled as it has them."""
+    net = Linear(weights(0, CLASSES), torch.zeros(CLASSES))
+    pixels = images(40)
+    return system({"net": net}, CLASSES, clean=images(400, seed=7), detector=DetectorName.MARGIN), pixels, net(pixels).argmax(1)
+
+
+def twins() -> tuple[System, Tensor, Tensor]:
+    """The same with two classes that are hard to tell apart, and images of a third that is told apart with ease."""
+    w = weights(0, 3)
+    w[:, 1] = w[:, 0] + 0.2 * weights(9, 1)[:, 0]
+    net, pixels = Linear(w, torch.zeros(3)), images(2000, seed=7)
+    first, second = net(pixels).topk(2, dim=1).values.unbind(1)
+    third = net(pixels).argmax(1) == 2
+    clear = pixels[third & (first - second > 0.5)]
+    return system({"net": net}, 3, clean=clear, detector=DetectorName.MARGIN), pixels[third][:100], torch.full((100,), 2)
+
+
+def past(toy: System, found: Tensor, y: Tensor) -> int:
+    """How many are wrong and accepted."""
+    judged = toy.judge(found)
+    return int(((judged.label != y) & (judged.p_value > toy.ensemble.review_rate)).sum())
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(partial(joint, steps=40, weights=(2.0,)), id="the joint objective"),
+        pytest.param(partial(orthogonal, steps=40), id="Orthogonal PGD"),
+        pytest.param(partial(surely_wrong, steps=40, targets=4), id="sure of each wrong class"),
+    ],
+)
+def test_a_detector_of_small_margins_holds_no_attack_back(attack: Attack) -> None:
+    """It is content while the class is surely right: who obeys it from the start stays where he is."""
+    toy, pixels, y = hesitant()
+    assert past(toy, attack(problem(toy, pixels, y, 6.0)), y) >= past(toy, PUSHED(problem(toy, pixels, y, 6.0)), y) > 10
+
+
+def test_who_leads_over_all_classes_is_accepted_more_often_than_who_leads_over_the_right_one() -> None:
+    toy, pixels, y = twins()
+    sure, pushed = (past(toy, a(problem(toy, pixels, y, 10.0)), y) for a in (partial(surely_wrong, steps=40, targets=2), PUSHED))
+    assert sure >= pushed + 10
+
+
+@pytest.mark.parametrize("rule", [RuleName.LOG_POOL, RuleName.WEIGHTED])
+def test_a_surrogate_of_the_mixed_rule_is_not_led_astray_by_the_accurate_voter(rule: RuleName) -> None:
+    """It has a fifth of the probabilities, and twice the logits."""
+    accurate, robust = Linear(weights(3, CLASSES, 0.02), torch.zeros(CLASSES)), Linear(weights(0, CLASSES), torch.zeros(CLASSES))
+    toy = system({"accurate": accurate, "robust": robust}, CLASSES, RuleName.MIXED, accurate="accurate")
+    pixels = images(100)
+    y = toy.judge(pixels).label
+    assert [round(toy.part(name), 6) for name in ("accurate", "robust")] == [0.2, 0.8]
+    fooled, directly = (
+        int((toy.judge(attack(problem(toy, pixels, y))).label != y).sum())
+        for attack in (partial(surrogate, rule=rule, steps=20, restarts=1), MARGIN_PGD)
+    )
+    assert fooled >= 0.7 * directly > 20
+
+
 def test_the_differentiable_statistic_is_the_deployed_one_where_it_matters() -> None:
     toy, pixels, _ = disagreeing()
     _, statistic, judged = toy.evidence(pixels)
@@ -287,19 +349,31 @@ def test_the_differentiable_statistic_is_the_deployed_one_where_it_matters() -> 
     assert int(clear.sum()) >= 20
 
 
-@pytest.mark.parametrize(
-    ("spoiled", "counted"),
-    [
-        pytest.param(lambda x: x.sqrt() * torch.where(x > -1, 0.0, 1.0), "losses", id="a NaN in the answer"),
-        pytest.param(lambda x: (x - x.detach()).sqrt() + x, "gradients", id="an infinite gradient behind a finite answer"),
-    ],
-)
-def test_what_is_not_finite_is_counted_and_not_taken_for_robust(spoiled: Callable[[Tensor], Tensor], counted: str) -> None:
+class Broken(Linear):
+    """NaN for all bright images."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        bright = pixels.flatten(1).mean(dim=1, keepdim=True) > 130
+        return super().forward(pixels) * torch.where(bright, torch.nan, 1.0)
+
+
+def test_an_answer_that_is_not_finite_is_counted_and_nobodys_class() -> None:
+    """Not even that of class 0, which is the largest of nothing."""
+    toy, findings = system({"broken": Broken(weights(0, CLASSES), torch.zeros(CLASSES))}, CLASSES), Findings()
+    pixels = torch.cat([images(3) * 0.5, images(4) * 0.2 + 200])
+    with findings.listening(toy.members.networks.values()):
+        judged = toy.judge(pixels)
+    toy.judge(pixels)
+    assert findings.losses == 4
+    assert bool((judged.label[:3] >= 0).all())
+    assert judged.label[3:].tolist() == [NO_CLASS] * 4
+
+
+def test_an_infinite_gradient_behind_a_finite_answer_is_counted() -> None:
     findings = Findings()
-    forward = findings.watched(lambda pixels: spoiled(pixels.flatten(1)[:, :CLASSES]))
-    x = (-images(3) if counted == "losses" else images(3)).requires_grad_()
-    forward(x).sum().backward()
-    assert getattr(findings, counted) == 3
+    forward = findings.watched(lambda pixels: (x := pixels.flatten(1)[:, :CLASSES]) + (x - x.detach()).sqrt())
+    forward(images(3).requires_grad_()).sum().backward()
+    assert findings.gradients == 3
 
 
 def test_noise_stays_in_the_ball_and_keeps_the_worst() -> None:
@@ -354,7 +428,7 @@ def silent(rule: RuleName, share: dict[str, float], accurate: str = "", detector
     [
         pytest.param(MARGIN_PGD, id="the system"),
         pytest.param(partial(surrogate, rule=RuleName.LOG_POOL, steps=5, restarts=1), id="its logits"),
-        pytest.param(partial(surrogate, rule=RuleName.SOFT, steps=5, restarts=1), id="its probabilities"),
+        pytest.param(partial(surrogate, rule=RuleName.WEIGHTED, steps=5, restarts=1), id="its probabilities"),
         pytest.param(partial(surrogate, rule=RuleName.MAJORITY, steps=5, restarts=1), id="its votes"),
         pytest.param(partial(reweighed, steps=5, restarts=1), id="its voters"),
     ],
@@ -372,7 +446,6 @@ SPEAKING, WITH_A_SILENT_ONE = {"a": 0.6, "b": 0.4}, {"a": 0.6, "b": 0.4, "c": 0.
 
 
 def test_a_silent_voter_changes_nothing_of_an_attack_on_a_detector_that_does_not_hear_it() -> None:
-    """Of Orthogonal PGD neither, but for rounding: margin and statistic have one gradient, and nothing is left beside it."""
     pixels = images(10)
     with_it, without = (silent(RuleName.WEIGHTED, share, detector=DetectorName.MARGIN) for share in (WITH_A_SILENT_ONE, SPEAKING))
     assert with_it.decided_by == without.decided_by

@@ -18,6 +18,7 @@ Rate = Literal["review", "reject"]
 
 FOOLED_ENOUGH = 0.5  # log-probability by which the wrong class leads when the classifier needs no more pushing
 WELL_HIDDEN = 0.1  # how far below the threshold the statistic may rest
+NOTHING = 3e-6  # of a direction of norm 1, less its part along another that is the same: float32 leaves a quarter of that
 
 
 def joint(problem: Problem, steps: int, weights: Sequence[float], accepted_at: Rate = "review") -> Tensor:
@@ -25,13 +26,16 @@ def joint(problem: Problem, steps: int, weights: Sequence[float], accepted_at: R
 
     The first weight starts from the image itself, the others from random points in the ball.
     direction = unit(grad min(margin, c)) - weight * unit(grad relu(statistic - threshold)): either term rests while
-    it is satisfied, so that no weight can be wrong for all images (Carlini & Wagner 2017b, sec. 5, as PGD).
+    it is satisfied, so that no weight can be wrong for all images (Carlini & Wagner 2017b, sec. 5, as PGD). The second
+    waits, too, while the class is right and hiding is nothing but going back: a detector of small margins is content with
+    every image that is surely right, and lets pass what is surely wrong.
     """
     search = _Search(problem, accepted_at)
     for weight in weights:
         for x, fool, hide in search.steps(steps):
-            gradients = search.gradients(x, fool.clamp(max=FOOLED_ENOUGH), hide)
-            search.move(x, unit(gradients[0]) - weight * unit(gradients[1]))
+            up, down = map(unit, search.gradients(x, fool.clamp(max=FOOLED_ENOUGH), hide))
+            back = _each(fool <= 0) & ~_differs(_beside(down, up))
+            search.move(x, torch.where(back, up, up - weight * down))
     return search.best
 
 
@@ -39,15 +43,48 @@ def orthogonal(problem: Problem, steps: int) -> Tensor:
     """Orthogonal PGD, selective (Bryniarski et al. 2021, eq. 9): never pay for the one with the other.
 
     While the class is right, ascend the margin along the part of its gradient that leaves the statistic alone; once it
-    is wrong, descend the statistic along the part of its gradient that leaves the margin alone.
+    is wrong, descend the statistic along the part of its gradient that leaves the margin alone. Where there is no such part, as
+    with a detector of small margins, along the gradient itself.
     """
     search = _Search(problem, "review")
     for x, fool, hide in search.steps(steps):
         up, down = map(unit, search.gradients(x, fool, hide))
-        aligned = (up * down).flatten(1).sum(dim=1)[:, None, None, None]
-        wrong = (fool.detach() > 0)[:, None, None, None]
-        search.move(x, torch.where(wrong, -(down - aligned * up), up - aligned * down))
+        wanted, other = (torch.where(_each(fool > 0), *pair) for pair in ((-down, up), (up, down)))
+        spared = _beside(wanted, other)
+        search.move(x, torch.where(_differs(spared), spared, wanted))
     return search.best
+
+
+def surely_wrong(problem: Problem, steps: int, targets: int) -> Tensor:
+    """For each of the likeliest wrong classes, ascend its lead over all others, to the end: wrong, and sure of it.
+
+    lead_t = log p_t - max_{j != t} log p_j, which is what a detector of small margins looks at once t leads. The step falls
+    from epsilon / 4 to nothing; of all images met, the most harmful is kept.
+    """
+    search = _Search(problem, "review")
+    with torch.no_grad():
+        log_p = problem.system.log_probabilities(problem.pixels).scatter(1, problem.labels[:, None], -torch.inf)
+    for target in log_p.topk(min(targets, log_p.shape[1] - 1), dim=1).indices.unbind(1):
+        search.first = True
+        for step, (x, lead, _) in enumerate(search.steps(steps, target)):
+            (up,) = torch.autograd.grad(lead.sum(), x)
+            search.move(x, problem.findings.checked(up), 2 * (1 - step / steps))
+    return search.best
+
+
+def _beside(direction: Tensor, other: Tensor) -> Tensor:
+    """A direction (n, h, w, c) less its part along `other`, both of norm 1 or 0."""
+    return direction - _each((direction * other).flatten(1).sum(dim=1)) * other
+
+
+def _differs(rest: Tensor) -> Tensor:
+    """Whether something was left beside; (n, 1, 1, 1)."""
+    return _each(rest.flatten(1).norm(dim=1) > NOTHING)
+
+
+def _each(values: Tensor) -> Tensor:
+    """Of n images, to go with (n, h, w, c)."""
+    return values[:, None, None, None]
 
 
 class _Search:
@@ -61,15 +98,18 @@ class _Search:
         self.harm = torch.full((len(self.best),), -torch.inf, device=self.best.device)
         self._next = self.best
 
-    def steps(self, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more."""
+    def steps(self, steps: int, target: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more.
+
+        The margin is that of any wrong class over the right one, or of the classes `target` (n,) over all others.
+        """
         system, y = self.problem.system, self.problem.labels
         self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random=not self.first)
         self.first = False
         for iteration in range(steps + 1):
             x = self._next.detach().requires_grad_()
             log_p, statistic, judged = system.evidence(x)
-            fool = margin(log_p, y)
+            fool = margin(log_p, y) if target is None else -margin(log_p, target)
             self._keep(x.detach(), harm(judged.label != y, judged.p_value, system, fool.detach()))
             if iteration < steps:
                 yield x, fool, F.relu(statistic - self.threshold + WELL_HIDDEN)
@@ -80,9 +120,9 @@ class _Search:
         (down,) = torch.autograd.grad(hide.sum(), x)
         return self.problem.findings.checked(up), self.problem.findings.checked(down)
 
-    def move(self, x: Tensor, direction: Tensor) -> None:
-        """One step of epsilon / 8 along the sign of `direction`."""
-        step = self.problem.epsilon / 8
+    def move(self, x: Tensor, direction: Tensor, length: float = 1.0) -> None:
+        """One step of `length` times epsilon / 8 along the sign of `direction`."""
+        step = length * self.problem.epsilon / 8
         self._next = project(x.detach() + step * direction.sign(), self.problem.pixels, self.problem.epsilon)
 
     def _keep(self, x: Tensor, found: Tensor) -> None:

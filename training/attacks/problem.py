@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.ensemble import is_finite
 from training.attacks.pgd import Logits
 from training.system import System
 
 
 @dataclass
 class Findings:
-    """What must not pass for robustness: how often a loss or a gradient was not finite, counted in images."""
+    """What must not pass for robustness: how often an answer or a gradient was not finite, counted in images."""
 
     losses: int = 0
     gradients: int = 0
 
+    @contextmanager
+    def listening(self, networks: Iterable[nn.Module]) -> Iterator[None]:
+        """Meanwhile every answer of these is looked at, before the rule has 0 for what is not finite."""
+        hooks = [network.register_forward_hook(self._answer) for network in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def watched(self, logits: Logits) -> Logits:
-        """The same function, every answer and every gradient through it checked."""
+        """The same function, every gradient through it checked."""
 
         def forward(pixels: Tensor) -> Tensor:
             if pixels.requires_grad:
                 pixels = pixels.view_as(pixels)  # a hook of our own, and not one more on the caller's leaf
                 pixels.register_hook(self._gradient)
-            answer = logits(pixels)
-            self.losses += _not_finite(answer)
-            return answer
+            return logits(pixels)
 
         return forward
 
@@ -36,6 +46,9 @@ class Findings:
         """The gradient with 0 for what is not finite, which is counted."""
         self.gradients += _not_finite(gradient)
         return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+    def _answer(self, network: nn.Module, inputs: object, logits: Tensor) -> None:  # noqa: ARG002  # as torch calls it
+        self.losses += int((~is_finite(logits.detach())).sum())
 
     def _gradient(self, gradient: Tensor) -> None:
         self.gradients += _not_finite(gradient)

@@ -22,7 +22,8 @@ def whole_system(problem: Problem, steps: int, restarts: int, until_fooled: bool
 def surrogate(problem: Problem, rule: RuleName, steps: int, restarts: int) -> Tensor:
     """Margin-PGD on the same voters under another rule, whose gradient may show a way that the deployed rule's hides.
 
-    `log-pool` adds the voters' logits, `soft` their probabilities, `majority` has the softer of both for its ballots.
+    `log-pool` adds the voters' logits, `weighted` their probabilities, both with the part that each voter has in the deployed
+    ones; `majority` has the softer of both for its ballots.
     Images go on until the last step, for only the deployed rule says what is fooled.
     """
     return whole_system(problem.against(problem.system.under(rule)), steps, restarts, until_fooled=False)
@@ -32,7 +33,7 @@ def reweighed(problem: Problem, steps: int, restarts: int, sharpness: float = 2.
     """Every step pushes hardest on the voters that still see the true class, so that none can hide behind another.
 
     The idea of MORA (Yu et al. 2022): member gradients, each of unit norm, are added with weights
-    w_m softmax_m(-sharpness * margin_m), w_m the voter's share in the rule, margin_m that of its own tempered vote.
+    w_m softmax_m(-sharpness * margin_m), w_m the voter's part in the probabilities, margin_m that of its own tempered vote.
     """
     system, y, step = problem.system, problem.labels, problem.epsilon / 8
     generator = problem.generator()
@@ -49,7 +50,7 @@ def reweighed(problem: Problem, steps: int, restarts: int, sharpness: float = 2.
                 break
             direction = torch.zeros_like(x)
             margins = torch.stack([margin(vote, y) for vote in votes.values()])
-            weights = torch.tensor([system.share(name) for name in votes], device=x.device)[:, None]
+            weights = torch.tensor([system.part(name) for name in votes], device=x.device)[:, None]
             attention = weights * (-sharpness * margins.detach()).softmax(dim=0)
             for own, attended in zip(margins, attention, strict=True):
                 (gradient,) = torch.autograd.grad(own.sum(), x, retain_graph=True)

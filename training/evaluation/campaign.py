@@ -139,7 +139,8 @@ class Campaign:
         # The draws depend on the attack and the images, not on the system: what is compared was attacked alike.
         seed = zlib.crc32(f"{self.seed}/{unit.entry.name}/{unit.start}".encode())
         epsilon = self.epsilon * unit.entry.epsilon_factor
-        found = unit.entry.attack(Problem(self.system(unit.subject), clean, y, epsilon, seed, findings))
+        with findings.listening(self.members.networks.values()):
+            found = unit.entry.attack(Problem(self.system(unit.subject), clean, y, epsilon, seed, findings))
         delta = (found - clean).half().clamp(-(reach := largest_half(epsilon)), reach)  # what is judged is what is kept
         versions = {FLOAT: _restored(clean, delta), ROUNDED: to_uint8(_restored(clean, delta), clean)}
         tensors = {"delta": delta.cpu().contiguous()}

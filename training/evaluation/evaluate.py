@@ -134,9 +134,10 @@ def alpha_frontier(
     pixels, y = torch.from_numpy(images.pixels).to(device).float(), torch.from_numpy(images.labels).to(device)
     attack = partial(margin_pgd, pixels=pixels, y=y, epsilon=bundle.manifest.provenance.epsilon, steps=steps, restarts=restarts)
     for alpha in FRONTIER:
-        mixed = log_probabilities(replace(ensemble, alpha=alpha), members)
-        found = attack(mixed, generator=step_generator(device, seed, "evaluate"))
-        yield alpha, float(_right(mixed, test.pixels, test.labels).mean()), float((found.margin <= 0).float().mean())
+        mixed = System(replace(ensemble, alpha=alpha), members)
+        found = attack(mixed.log_probabilities, generator=step_generator(device, seed, "evaluate"))
+        robust = (found.margin <= 0) & (mixed.judge(found.pixels).label == y)
+        yield alpha, float(_right(mixed.log_probabilities, test.pixels, test.labels).mean()), float(robust.float().mean())
 
 
 def _parts(pixels: NDArray[np.generic], size: int = 256) -> list[Tensor]:

@@ -19,6 +19,7 @@ from models.card import Share
 from models.ensemble import Ensemble, decide
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign, Outputs, Unit
 from training.evaluation.suites import Access
+from training.system import label_of
 
 Bools = NDArray[np.bool_]
 REVIEW, REJECT = 0.05, 0.01  # the clean rejection rates that figures are given at
@@ -134,9 +135,9 @@ def ledger(campaign: Campaign, ensemble: Ensemble, units: Sequence[Unit]) -> Led
 
 
 def answer(ensemble: Ensemble, outputs: Outputs) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Label and combined p-value (n,) of the deployed rule."""
+    """Label, NO_CLASS for none, and combined p-value (n,) of the deployed rule."""
     decision = decide(ensemble, outputs)
-    return np.asarray(decision.label), np.asarray(decision.p_value)
+    return np.asarray(label_of(decision)), np.asarray(decision.p_value)
 
 
 def share(hits: Bools) -> Share:

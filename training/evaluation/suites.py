@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.ensemble import RuleName
-from training.attacks.detectors import joint, orthogonal
+from training.attacks.detectors import joint, orthogonal, surely_wrong
 from training.attacks.features import feature_adversary, has_centers
 from training.attacks.libraries import apgd_ce, apgd_targeted, fab_targeted, square
 from training.attacks.masks import fresh_masks, hears_masks
@@ -135,10 +135,12 @@ def assembled(
         Entry("noise", partial(random_noise, draws=draws), "none"),
         Entry("reweighed", partial(reweighed, steps=steps, restarts=restarts), applies=several),
         Entry("logits-pgd", partial(surrogate, rule=RuleName.LOG_POOL, steps=steps, restarts=1), applies=several),
-        Entry("probabilities-pgd", partial(surrogate, rule=RuleName.SOFT, steps=steps, restarts=1), applies=several),
+        Entry("probabilities-pgd", partial(surrogate, rule=RuleName.WEIGHTED, steps=steps, restarts=1), applies=several),
         Entry("votes-pgd", partial(surrogate, rule=RuleName.MAJORITY, steps=steps, restarts=1), applies=several),
-        Entry("narrow-edges-pgd", partial(_elsewhere, change=partial(narrow_edges, factor=0.5), attack=once), applies=hears_edges),
-        Entry("soft-edges-pgd", partial(_elsewhere, change=partial(soft_edges, factor=1.0), attack=once), applies=hears_edges),
+        Entry(
+            "narrow-edges-pgd", partial(_elsewhere, change=partial(narrow_edges, factor=0.5), attack=pushed), applies=hears_edges
+        ),
+        Entry("soft-edges-pgd", partial(_elsewhere, change=partial(soft_edges, factor=1.0), attack=pushed), applies=hears_edges),
         *(
             Entry(name, partial(_other_ramps, change=change, epsilons=epsilons, attack=pushed), applies=hears_thermometers)
             for name, change, epsilons in (
@@ -150,6 +152,7 @@ def assembled(
         Entry("foresighted-pgd", partial(_foresighted, attack=partial(direct, until_fooled=False)), applies=hears_thermometers),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
+        Entry("surely-wrong", partial(surely_wrong, steps=steps, targets=targets), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
     ]
     for samples in masks:  # the most of them for the figures, fewer to see whether those were enough
