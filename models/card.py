@@ -204,6 +204,8 @@ class Deployment(_Frozen):
     images: int
     labels_differ: int
     p_value_difference: float  # the largest
+    verdicts_differ: int = 0  # accepted or not, at the ensemble's review rate
+    probability_difference: float = 0.0  # the largest
 
 
 class Headline(_Frozen):

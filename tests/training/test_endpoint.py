@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from models.bundle import read_bundle, read_manifest
 from models.composition import EnsembleChoice, compose
@@ -18,10 +20,12 @@ from service.config import Disclosure
 from service.graph_cache import GraphCache
 from tests.bundles import random_images, write_tiny_bundle
 from tests.service.serving import Running, random_pixels, serving
+from training.attacks import query
 from training.attacks.query import ATTACKS, QueryAttack, short_of_winning
 from training.data import Images, splits_of
 from training.endpoint import Answers, Endpoint, EndpointRefused
-from training.evaluation.campaign import Campaign
+from training.evaluation.campaign import Campaign, Unit
+from training.evaluation.card import DEPLOYED
 from training.evaluation.queries import QueryCampaign, query_card, rescore
 from training.evaluation.subjects import full_and_members
 from training.evaluation.suites import suite
@@ -42,7 +46,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> GraphCache:
 @pytest.fixture(scope="module")
 def running(bundle: Path, graphs: GraphCache) -> Iterator[Running]:
     limits = {"disclosure": "probabilities", "max_images_per_request": LIMIT}
-    with serving(bundle, graphs, ensembles={"full": {}, "votes-only": {"detectors": []}}, limits=limits) as server:
+    ensembles = {"full": {}, "votes-only": {"detectors": []}, "strict": {"review_rate": 0.5}}
+    with serving(bundle, graphs, ensembles=ensembles, limits=limits) as server:
         yield server
 
 
@@ -152,6 +157,25 @@ def test_with_labels_alone_hopskipjump_finds_what_a_change_of_colour_would(
         campaign.run()
     assert len(near) > 3
     assert query_card(campaign).wrong_and_accepted.value == 1.0
+
+
+def test_who_is_not_told_the_verdict_goes_on_from_the_boundary(
+    address: str, manifest: Manifest, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a small margin is rejected; where his perturbation goes on as far as the ball allows, it is not."""
+    attack = QueryAttack("hopskipjump", epsilon=40, queries=600)
+    with Endpoint(address, "strict", Disclosure.LABEL) as endpoint:
+        few = images.take(np.flatnonzero(endpoint.answers(images.pixels, Disclosure.VERDICT).accepted))
+        deeper = QueryCampaign(tmp_path / "deeper", endpoint, manifest, few, attack)
+        deeper.run()
+        monkeypatch.setattr(query, "_deeper", lambda _: None)
+        content = QueryCampaign(tmp_path / "content", endpoint, manifest, few, attack)
+        content.run()
+    pairs = list(zip(deeper.kept(), content.kept(), strict=True))
+    assert sum(after.wins(40) for after, _ in pairs) >= sum(before.wins(40) for _, before in pairs) > 3
+    found = [(after, before) for after, before in pairs if before.distance <= 40 and before.label != before.truth]
+    assert all(after.label != after.truth and after.distance <= 40 for after, _ in found)
+    assert np.mean([after.distance - before.distance for after, before in found]) > 2
 
 
 def recoloured(pixels: np.ndarray, shift: tuple[int, ...]) -> np.ndarray:
@@ -319,12 +343,25 @@ def test_the_server_answers_to_stored_images_as_the_instrument_computed(built: P
         address = str(running.server.address)
         with Endpoint(address, "full") as endpoint:
             deployment = rescore(endpoint, ensemble, campaign, units)
+            turn_round(campaign, units)
+            altered = rescore(endpoint, ensemble, campaign, units)
         with Endpoint(address, "no-edge") as endpoint, pytest.raises(EndpointRefused, match="expected no-edge to be"):
             rescore(endpoint, ensemble, campaign, units)
         with Endpoint(address, "fresh") as endpoint, pytest.raises(EndpointRefused, match="expected fixed masks, got fresh ones"):
             rescore(endpoint, compose(bundle, EnsembleChoice("fresh", masks="fresh")), campaign, units)
-    assert (deployment.images, deployment.labels_differ) == (8, 0)
+    assert (deployment.images, deployment.labels_differ, deployment.verdicts_differ) == (8, 0, 0)
+    assert deployment.probability_difference <= 1e-5
     assert deployment.p_value_difference <= 0.011  # a rank or so among 100 calibration images
+    assert altered.probability_difference > DEPLOYED
+
+
+def turn_round(campaign: Campaign, units: Sequence[Unit]) -> None:
+    """Every perturbation; what the members answered to it stays."""
+    for path in [campaign.folder / "units" / unit.file for unit in units]:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        save_file(tensors | {"delta": -tensors["delta"]}, path, metadata)
 
 
 def test_a_server_that_wants_a_token_gets_the_environments(

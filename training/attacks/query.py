@@ -2,11 +2,13 @@
 
 The attacker has what anybody has: GetEnsemble's description, the answers, as much of them as is disclosed, and some
 clean images of other classes. He sends whole pixels, for nothing else is served, and never asks about the same ones
-twice; an image of his has won when it is wrong and, as far as he can see, accepted, within epsilon.
+twice; an image of his has won when it is wrong and, as far as he can see, accepted, within epsilon. Who is not told the verdict
+goes on from there, away from the boundary, where he has to fear that it is rejected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import threading
@@ -24,6 +26,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from service.config import Disclosure
 from training.endpoint import Answers, Endpoint, EndpointRefused, Pixels
 
 with warnings.catch_warnings():
@@ -44,6 +47,8 @@ NOISE_PIXELS = 0.5  # standard deviation of HopSkipJump's noise: less would be r
 CELLS = 8  # on a side of an image, for that noise
 FIRST_ESTIMATE = 50  # queries for HopSkipJump's first direction, growing with the root of the step
 NO_LESS = 1e-6  # a score that has not won is above 0
+DEEPER = (1, 2, 4, 255)  # multiples of the nearest perturbation that wins, cut off at the ball: the last is its sign
+NEIGHBOURS = 16  # of each that are asked about
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class QueryAttack:
 
 
 class Over(Exception):
-    """The image has won, or its queries are spent."""
+    """The image has won, as far as can be told, or its queries are spent."""
 
 
 class CalledOff(Exception):
@@ -93,12 +98,23 @@ class Attacker:
     def __init__(self, endpoint: Endpoint, clean: Pixels, truth: int, attack: QueryAttack, stop: threading.Event) -> None:
         self.endpoint, self.clean, self.truth, self.attack = endpoint, clean, truth, attack
         self.best, self.spent = clean, 0
+        self.allowed, self.content = attack.queries, True  # with the first image that has won
         self._distance, self._stop = 256, stop
         self._seen: dict[bytes, _Seen] = {}
 
     @property
     def classes(self) -> int:
         return len(self.endpoint.served.classes)
+
+    @property
+    def told(self) -> bool:
+        """Whether he sees what is rejected."""
+        return self.endpoint.disclosure >= Disclosure.VERDICT or not self.endpoint.served.detectors
+
+    @property
+    def won(self) -> bool:
+        """Whether the best is in the ball."""
+        return self._distance <= self.attack.radius
 
     @property
     def start(self) -> Tensor:
@@ -111,10 +127,10 @@ class Attacker:
             raise CalledOff
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
         new = {key: i for i, key in enumerate(keys) if key not in self._seen}
-        allowed = list(new.items())[: self.attack.queries - self.spent]
+        allowed = list(new.items())[: max(self.allowed - self.spent, 0)]
         if allowed:
             self._look(pixels[[i for _, i in allowed]], [key for key, _ in allowed])
-        if len(allowed) < len(new) or self._distance <= self.attack.radius:
+        if len(allowed) < len(new) or (self.won and self.content):
             raise Over
         return [self._seen[key] for key in keys]
 
@@ -159,18 +175,53 @@ def _square(attacker: Attacker, _: Iterator[Pixels]) -> None:
 
 def _hop_skip_jump(attacker: Attacker, others: Iterator[Pixels]) -> None:
     """HopSkipJump (Chen et al. 2020) in l-infinity; the line to the boundary is halved down to tenths of a pixel."""
-    attack = _HopSkipJump(
+    _minimise(attacker, _hopper(attacker), _start(attacker, others))
+
+
+def _hopper(attacker: Attacker) -> MinimizationAttack:
+    return _HopSkipJump(
         steps=attacker.attack.queries,
         initial_gradient_eval_steps=FIRST_ESTIMATE,
         gamma=attacker.clean.size**2 / 2550,
         constraint="linf",
     )
-    _minimise(attacker, attack, others)
 
 
 def _boundary(attacker: Attacker, others: Iterator[Pixels]) -> None:
     """The Boundary attack (Brendel et al. 2018), which walks along the boundary, nearer in l2."""
-    _minimise(attacker, BoundaryAttack(), others)
+    _minimise(attacker, BoundaryAttack(), _start(attacker, others))
+
+
+def attack_one(attacker: Attacker, others: Iterator[Pixels]) -> None:
+    """Until the image has won, or its queries are spent; `others` are clean images of other classes, the nearest first."""
+    with contextlib.suppress(Over):
+        attacker.ask(attacker.clean[None])
+        ATTACKS[attacker.attack.name](attacker, others)
+    if attacker.won and not attacker.told and (attacker.best != attacker.clean).any():
+        _deeper(attacker)
+
+
+def _deeper(attacker: Attacker) -> None:
+    """Nearer still with HopSkipJump, for a perturbation that aims well; then as much of it as leaves most neighbours wrong."""
+    attacker.content, attacker.allowed = False, attacker.attack.queries - len(DEEPER) * (1 + NEIGHBOURS)
+    with contextlib.suppress(Over):
+        _minimise(attacker, _hopper(attacker), torch.from_numpy(attacker.best[None]).float() / 255)
+    attacker.allowed, radius, most, best = attacker.attack.queries, attacker.attack.radius, 0.0, attacker.best
+    delta = torch.from_numpy(best.astype(np.float32) - attacker.clean)
+    with contextlib.suppress(Over):
+        for multiple in reversed(DEEPER):
+            aimed = (multiple * delta).clamp(-radius, radius)
+            if attacker.ask((candidate := _in_ball(attacker, aimed))[None])[0].won:
+                noise = radius * (2 * torch.rand((NEIGHBOURS, *delta.shape)) - 1)
+                share = float(np.mean([seen.won for seen in attacker.ask(_in_ball(attacker, aimed + noise))]))
+                if share > most:
+                    most, best = share, candidate
+    attacker.best = best
+
+
+def _in_ball(attacker: Attacker, delta: Tensor) -> Pixels:
+    """The clean image with a perturbation (..., h, w, c) in pixel units, cut off at the ball, in whole pixels."""
+    return _whole((attacker.start[0] * 255 + delta.clamp(-attacker.attack.radius, attacker.attack.radius)) / 255)
 
 
 ATTACKS: Mapping[str, Callable[[Attacker, Iterator[Pixels]], None]] = {
@@ -210,11 +261,10 @@ class _HopSkipJump(HopSkipJumpAttack):
         return estimate
 
 
-def _minimise(attacker: Attacker, attack: MinimizationAttack, others: Iterator[Pixels]) -> None:
-    """From a start that has won, nearer and nearer to the clean image."""
-    model, criterion = _Remote(attacker), _WrongAndAccepted(attacker)
-    start = _start(attacker, others)
+def _minimise(attacker: Attacker, attack: MinimizationAttack, start: Tensor | None) -> None:
+    """From a start (1, h, w, c) in 0..1 that has won, nearer and nearer to the clean image."""
     if start is not None:
+        model, criterion = _Remote(attacker), _WrongAndAccepted(attacker)
         _again(attacker, lambda: attack.run(model, attacker.start, criterion, starting_points=start))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from models.card import Deployment, Query
-from models.ensemble import Ensemble
+from models.ensemble import Ensemble, Verdict, decide
 from models.manifest import Manifest
 from service.config import Disclosure
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from training.attacks.query import ATTACKS, Attacker, Over, OwnDraws, QueryAttack, distance_between
+from training.attacks.query import Attacker, OwnDraws, QueryAttack, attack_one, distance_between
 from training.data import Images
 from training.endpoint import FLIGHTS, Endpoint, EndpointRefused, Pixels, parts_served
 from training.evaluation.campaign import ROUNDED, Campaign, Unit, claim, write_whole
-from training.evaluation.scores import REVIEW, answer, share
-from training.evaluation.subjects import canonical
+from training.evaluation.scores import REVIEW, share
+from training.evaluation.subjects import canonical, full_and_members
 from training.progress import counted
 from training.refused import TrainingRefused
 
@@ -96,9 +96,8 @@ class QueryCampaign:
         truth = int(self.images.labels[place])
         attacker = Attacker(self.endpoint, self.images.pixels[place], truth, self.attack, stop)
         seed = zlib.crc32(f"{self.attack.seed}/{self.attack.name}/{place}".encode())
-        with OwnDraws(seed), contextlib.suppress(Over):
-            attacker.ask(attacker.clean[None])
-            ATTACKS[self.attack.name](attacker, self._others(place))
+        with OwnDraws(seed):
+            attack_one(attacker, self._others(place))
         final = self.endpoint.answers(attacker.best[None], Disclosure.VERDICT)
         distance = distance_between(attacker.best, attacker.clean)
         attempt = Attempt(attacker.best, truth, int(final.label[0]), bool(final.accepted[0]), distance, attacker.spent)
@@ -166,18 +165,31 @@ def rescore(endpoint: Endpoint, ensemble: Ensemble, campaign: Campaign, units: S
     if endpoint.served.masks == pb.MASKS_FRESH:
         raise EndpointRefused(f"{endpoint.ensemble}: expected fixed masks, got fresh ones, under which no answer is like another")
 
-    def differences(unit: Unit) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    def differences(unit: Unit) -> tuple[NDArray[Any], ...]:
         told = endpoint.answers(campaign.adversarial(unit, ROUNDED), Disclosure.PROBABILITIES)
-        label, p = answer(ensemble, campaign.found(unit).outputs[ROUNDED])
-        return told.label != label, np.abs((1 if told.p_value is None else told.p_value) - p)
+        assert told.probabilities is not None, "expect_disclosure has seen to it"
+        ours = decide(ensemble, campaign.found(unit).outputs[ROUNDED])
+        p_value = np.ones_like(ours.p_value) if told.p_value is None else told.p_value
+        return (
+            told.label != ours.label,
+            told.accepted != ((ours.verdict == Verdict.CLEAN) | (ours.verdict == Verdict.UNSCREENED)),
+            np.abs(p_value - ours.p_value),
+            np.abs(told.probabilities - ours.probabilities).max(axis=1),
+        )
 
     found = []
     with ThreadPoolExecutor(FLIGHTS, "rescore") as pool, counted(len(units), 0, "unit", f"through {endpoint.address}") as bar:
         for difference in pool.map(differences, units):
             found.append(difference)
             bar.update()
-    labels, p_values = (np.concatenate(each) for each in zip(*found, strict=True))
-    return Deployment(images=len(labels), labels_differ=int(labels.sum()), p_value_difference=float(p_values.max()))
+    labels, verdicts, p_values, probabilities = (np.concatenate(each) for each in zip(*found, strict=True))
+    return Deployment(
+        images=len(labels),
+        labels_differ=int(labels.sum()),
+        verdicts_differ=int(verdicts.sum()),
+        p_value_difference=float(p_values.max()),
+        probability_difference=float(probabilities.max()),
+    )
 
 
 # The command, and what it leaves for the report
@@ -210,17 +222,18 @@ def through_endpoint(args: argparse.Namespace, campaign: Campaign) -> int:
 
 
 def _rescore(endpoint: Endpoint, campaign: Campaign) -> None:
-    """Every image that was made against the ensemble which the server calls by the same name."""
+    """Every image that was made against the ensemble or one of its members, to the one that the server calls by the same name."""
+    mains = full_and_members(campaign.bundle.manifest)
     subject = next((s for s in canonical(campaign.bundle.manifest) if s.name == endpoint.ensemble), None)
-    units = [unit for unit in campaign.units([subject]) if campaign.done(unit)] if subject else []
+    units = [unit for unit in campaign.units(mains) if campaign.done(unit)] if subject else []
     if subject is None or not units:
         print(f"nothing was attacked yet under the name {endpoint.ensemble}: no image to show the server", file=sys.stderr)
         return
     found = rescore(endpoint, campaign.system(subject).ensemble, campaign, units)
     write_whole(campaign.folder / DEPLOYMENT_FILE, found.model_dump_json(indent=1).encode())
     print(
-        f"{found.images} adversarial images through the server: {found.labels_differ} labels differ, "
-        f"p-values by {found.p_value_difference:.2g} at most"
+        f"{found.images} adversarial images through the server: {found.labels_differ} labels and {found.verdicts_differ} verdicts "
+        f"differ, probabilities by {found.probability_difference:.2g} and p-values by {found.p_value_difference:.2g} at most"
     )
 
 
