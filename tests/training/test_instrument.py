@@ -20,7 +20,7 @@ from tests.training.commands import SMOKE, answered, phalanx_train
 from training.attacks.masks import hears_masks
 from training.data import splits_of
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
-from training.evaluation.card import ablated_on, build, ledgers_of, under_fresh_masks
+from training.evaluation.card import ablated_on, build, checks, ledgers_of, under_fresh_masks
 from training.evaluation.queries import QUERY_FILE, kept_queries
 from training.evaluation.report import EXAMPLES, OF_EACH, against, commands, examples, finished
 from training.evaluation.scores import ledger, share
@@ -44,12 +44,22 @@ def test_what_is_done_is_not_done_again_and_what_a_kill_took_is(built: Path, fol
 
     ended = phalanx_train("attack", str(built), *SMOKE, "--out", str(folder))
     assert ended.returncode == 0, ended.stderr
+    assert "passed: every loss and gradient is finite: 0 losses and 0 gradients" in ended.stdout
     ended = phalanx_train("ablate", str(built), *SMOKE, "--out", str(folder))
     assert ended.returncode == 0, ended.stderr
 
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     after = load_file(lost)
     assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_control_that_only_noise_was_tried_on_stands_and_is_reported(campaign: Campaign) -> None:
+    units = finished(campaign)
+    falls = "the undefended member bayesian falls"
+    by_noise = [unit for unit in units if unit.entry.access == "none"]
+    left = {check.name: check.measured for check in checks(campaign, by_noise) if not check.passed}
+    assert falls in left
+    assert float(left[falls].split("%")[0]) > 25
 
 
 def test_every_adversarial_image_lies_in_the_ball_and_is_what_the_members_answered_to(campaign: Campaign) -> None:

@@ -15,6 +15,7 @@ from training.attacks.query import ATTACKS, QUERIES
 from training.children import end_with_parent
 from training.data import splits_of
 from training.evaluation.campaign import Campaign, Unit
+from training.evaluation.card import checks
 from training.evaluation.queries import DISCLOSURES, through_endpoint
 from training.evaluation.scores import Ledger, ledger, share
 from training.evaluation.subjects import Subject, controls, full_and_members
@@ -119,11 +120,14 @@ def work(args: argparse.Namespace, campaign: Campaign, subjects: Sequence[Subjec
         return 0
     for line in table(campaign, subjects, units):
         print(line)
+    if set(full_and_members(campaign.bundle.manifest)) <= set(subjects):
+        for check in checks(campaign, units):
+            print(f"  {'passed' if check.passed else 'FAILED'}: {check.name}: {check.measured}")
     return 0
 
 
 def table(campaign: Campaign, subjects: Sequence[Subject], units: Sequence[Unit]) -> list[str]:
-    """Clean and robust accuracy of every system, worst case over all attacks of all systems."""
+    """Clean and robust accuracy of every system, worst case over all attacks of all systems; of a control, over its own."""
     manifest, suite_ = campaign.bundle.manifest, campaign.suite
     caveat = "" if suite_.publishable else f"; the suite {suite_.name} has fewer safeguards than a published figure"
     lines = [
@@ -132,7 +136,11 @@ def table(campaign: Campaign, subjects: Sequence[Subject], units: Sequence[Unit]
         f"  {'system':<24} clean   robust  95% interval     with rejection at 5%, at 1%",
     ]
     for subject in subjects:
-        found = ledger(campaign, campaign.system(subject).ensemble, units).where(lambda row: row.counts)
+        ensemble = campaign.system(subject).ensemble
+        if subject.control:
+            found = ledger(campaign, ensemble, [unit for unit in units if unit.subject == subject])
+        else:
+            found = ledger(campaign, ensemble, units).where(lambda row: row.counts)
         lines.append(_row(subject.name, found))
     return lines
 

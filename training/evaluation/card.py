@@ -76,6 +76,15 @@ def ledgers_of(campaign: Campaign, units: Sequence[Unit]) -> dict[str, Ledger]:
     return {subject.name: ledger(campaign, campaign.system(subject).ensemble, units) for subject in mains}
 
 
+def checks(campaign: Campaign, units: Sequence[Unit]) -> list[Check]:
+    """Sanity checks and positive controls of what was tried on the ensemble, its members and the controls."""
+    mains = full_and_members(campaign.bundle.manifest)
+    ledgers = ledgers_of(campaign, units)
+    counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
+    proofs = {subject.name: proven_on(campaign.system(subject), campaign.images, campaign.epsilon) for subject in mains}
+    return _checks(campaign, ledgers, counted, proofs, units, tuple(under_fresh_masks(campaign, mains[-1], units)), None)
+
+
 def build(
     campaign: Campaign,
     units: Sequence[Unit],
