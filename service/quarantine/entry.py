@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Entry:
         return pb.Verdict.Name(self.seen.verdict).removeprefix("VERDICT_").lower()
 
     def file_name(self) -> str:
-        """Sorts by time; no two are alike."""
+        """Sorts by time; no two are alike. In a folder it is `later` than the others, and may differ from the entry's time."""
         return f"{self.time.strftime(TIME)}-{self.verdict}-{secrets.token_hex(4)}.png"
 
     def encode(self, pixels: NDArray[np.uint8]) -> bytes:
@@ -92,6 +92,22 @@ def read_entry(path: Path) -> Entry:
 def is_name(name: str) -> bool:
     """Whether a file of this name is an entry: others are nobody's to list, or to evict."""
     return NAME.fullmatch(name) is not None
+
+
+def time_of(name: str) -> str:
+    """As it sorts."""
+    return name.partition("-")[0]
+
+
+def later(name: str, newest: str) -> str:
+    """The name, of a time after `newest`: where the clock was set back, by a microsecond."""
+    time, _, rest = name.partition("-")
+    if time > newest:
+        return name
+    try:
+        return f"{(datetime.fromisoformat(newest) + timedelta(microseconds=1)).strftime(TIME)}-{rest}"
+    except (ValueError, OverflowError):  # of no day there is: a file of somebody else
+        return name
 
 
 def now() -> datetime:

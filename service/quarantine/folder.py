@@ -1,7 +1,8 @@
 """Where images in quarantine lie: bounded, the oldest evicted first, every file whole or not there.
 
-Threads and processes share the folder. Who writes holds the lock of the file `.lock`, which also says how much lies there, and
-the folder's time of change then: as long as that is still its time, nobody else was here, and nothing has to be counted.
+Threads and processes share the folder. Who writes holds the lock of the file `.lock`, which also says how much lies there, of
+what time the newest is, and the folder's time of change then: as long as that is still its time, nobody else was here, and nothing
+has to be counted. What is written last has the latest name, whatever the clock says.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from models.durable import PARTIAL, replace_file
-from service.quarantine.entry import is_name
+from service.quarantine.entry import is_name, later, time_of
 
 if sys.platform != "win32":
     import fcntl
@@ -49,14 +50,16 @@ class Folder:
     def keep(self, name: str, content: bytes) -> Held:
         """Nothing is evicted for what cannot be written."""
         with self._locked() as lock:
-            noted, stamp = _read(lock)
-            untouched = stamp == self._stamp()
-            _note(lock, noted, 0)  # a kill from here on makes the next one count
+            held, newest, stamp = _read(lock)
+            if stamp != self._stamp():
+                held, newest = _summed(self._count())
+            _note(lock, held, newest, 0)  # a kill from here on makes the next one count
+            name = later(name, newest)
             replace_file(self.path / name, content, mode=0o600)
-            held = noted + len(content)
-            if not untouched or held > self.most_bytes:
+            held += len(content)
+            if held > self.most_bytes:
                 return self._make_room(lock)
-            _note(lock, held, self._stamp())
+            _note(lock, held, time_of(name), self._stamp())
             return Held(held)
 
     def noted(self) -> int:
@@ -70,7 +73,7 @@ class Folder:
     def _make_room(self, lock: FileIO) -> Held:
         """Count what is there; of more than the bound evict the oldest, but never the last one."""
         found = self._count()
-        held, evicted = sum(size for _, size in found), 0
+        (held, newest), evicted = _summed(found), 0
         enough = self.most_bytes - self.most_bytes // FREED if held > self.most_bytes else held
         for name, size in found[:-1]:
             if held <= enough:
@@ -79,7 +82,7 @@ class Folder:
                 (self.path / name).unlink(missing_ok=True)
                 held -= size
                 evicted += 1
-        _note(lock, held, self._stamp())
+        _note(lock, held, newest, self._stamp())
         return Held(held, evicted)
 
     def _count(self) -> list[tuple[str, int]]:
@@ -128,16 +131,21 @@ def _created(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_CREAT, 0o600)
 
 
-def _read(lock: FileIO) -> tuple[int, int]:
-    """Bytes, and the folder's stamp with which they hold; 0 with none."""
+def _summed(found: Sequence[tuple[str, int]]) -> tuple[int, str]:
+    """Bytes, and the time of the newest; empty where there is none."""
+    return sum(size for _, size in found), time_of(found[-1][0]) if found else ""
+
+
+def _read(lock: FileIO) -> tuple[int, str, int]:
+    """Bytes, the time of the newest, and the folder's stamp with which they hold; 0 with none."""
     try:
-        held, stamp = lock.read(64).split()
-        return int(held), int(stamp)
+        held, newest, stamp = lock.read(80).split()
+        return int(held), newest.decode(), int(stamp)
     except ValueError:  # new
-        return 0, 0
+        return 0, "", 0
 
 
-def _note(lock: FileIO, held: int, stamp: int) -> None:
+def _note(lock: FileIO, held: int, newest: str, stamp: int) -> None:
     """Always as long, so that a full disk has place for it."""
     lock.seek(0)
-    lock.write(b"%20d %20d\n" % (held, stamp))
+    lock.write(b"%20d %23s %20d\n" % (held, newest.encode(), stamp))

@@ -278,6 +278,29 @@ def test_the_oldest_make_room_whoever_wrote_them(tmp_path: Path) -> None:
     assert 30 <= 100 - evicted <= 32  # a sixteenth is freed at once
 
 
+def test_what_is_written_after_the_clock_went_back_is_the_newest(tmp_path: Path) -> None:
+    """A full folder of tomorrow's images, found as it is by who comes later, makes room for today's."""
+    for i in range(32):
+        Folder(tmp_path, 32 * len(CONTENT)).keep(f"20260102T235959.{999990 + i % 10:06}Z-suspect-{i:08x}.png", CONTENT)
+    folder = Folder(tmp_path, 32 * len(CONTENT))
+    for i in range(32, 132):
+        if i == 64:
+            (tmp_path / LOCK).unlink()
+        folder.keep(f"20260101T000000.{i % 7:06}Z-{'suspect' if i % 2 else 'rejected'}-{i:08x}.png", CONTENT)
+        there = [int(path.stem[-8:], 16) for path in entries(tmp_path)]
+        assert there == list(range(i + 1 - len(there), i + 1))  # in the order in which they were written
+    assert len(there) >= 30
+    folder.keep("20270101T000000.000000Z-suspect-00000000.png", CONTENT)
+    assert entries(tmp_path)[-1].name == "20270101T000000.000000Z-suspect-00000000.png"
+
+
+@pytest.mark.parametrize("time", ["20261345T000000.000000Z", "99991231T235959.999999Z"])
+def test_a_file_of_no_day_there_is_stops_nothing(tmp_path: Path, time: str) -> None:
+    (tmp_path / f"{time}-suspect-00000000.png").write_bytes(CONTENT)
+    assert Folder(tmp_path, 4 * len(CONTENT)).keep(name(1), CONTENT).bytes == 2 * len(CONTENT)
+    assert (tmp_path / name(1)).exists()
+
+
 def test_others_files_are_no_entries_and_stay(tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_bytes(bytes(10 * len(CONTENT)))
     folder = Folder(tmp_path, 4 * len(CONTENT))
