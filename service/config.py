@@ -410,6 +410,12 @@ class ServiceConfig(_Section):
         """The bundle's folder; the one that ships with Phalanx where none is named."""
         return self.bundle if self.bundle is not None else Path(str(files("models"))) / "bundles" / "eurosat"
 
+    @property
+    def paths(self) -> list[Path]:
+        """Every file and folder that it names."""
+        sections = [dict(section) for section in (self.tls, self.signature, self.quarantine) if section is not None]
+        return [self.bundle_path, *(value for section in sections for value in section.values() if isinstance(value, Path))]
+
     def rates(self, ensemble: str) -> DecisionConfig:
         """The decision levels of one ensemble: its own over those of `decision`."""
         own = self.ensembles[ensemble]
@@ -432,14 +438,17 @@ def load_config(
     named = environment.get("PHALANX_CONFIG")
     if path is None and named:
         path = Path(named)
-    source = read_source(path) if path is not None else ConfigSource.empty()
-    source = with_environment(source, environment, ServiceConfig)
-    values = {**source.values, **{key: value for key, value in (overrides or {}).items() if value is not None}}
     try:
-        config = ServiceConfig.model_validate(values)
-    except ValidationError as error:
-        raise InvalidConfig(source.explain(error, ServiceConfig)) from None
-    return config
+        source = read_source(path) if path is not None else ConfigSource.empty()
+        source = with_environment(source, environment, ServiceConfig)
+        values = {**source.values, **{key: value for key, value in (overrides or {}).items() if value is not None}}
+        try:
+            return ServiceConfig.model_validate(values)
+        except ValidationError as error:
+            raise InvalidConfig(source.explain(error, ServiceConfig)) from None
+    except InvalidConfig as error:
+        error.file = path
+        raise
 
 
 def with_ensembles(config: ServiceConfig, changes: Mapping[str, str | None]) -> ServiceConfig:

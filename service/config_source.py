@@ -26,6 +26,8 @@ KeyPath: TypeAlias = tuple[str, ...]
 class InvalidConfig(ValueError):
     """The configuration cannot be used; the message has one line per mistake."""
 
+    file: Path | None = None  # in which they are, if it is known
+
 
 @dataclass(frozen=True)
 class ConfigSource:

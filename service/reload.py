@@ -7,11 +7,13 @@ are under way are answered by what they began with, and those that were about to
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 # What a port, a process, a pool of threads or a connection was made with.
 AT_START = ("listen", "metrics", "admin", "insecure", "tls", "logging", "quarantine", "tracing", "shutdown", "workers", "front_end")
 LIMITS_AT_START = ("max_message_bytes", "max_concurrent_calls", "max_connection_age_seconds")
-FOLDERS = re.compile(r"(?<![\w.])(?:/[^\s/:,;'\"`]+)+/")
+FOLDERS = re.compile(r"(?<![\w./])(?:/[^\s/:,;'\"`]+)*/(?=[\w.])")  # of an absolute path without spaces
 
 
 class Refused(Exception):
@@ -115,8 +117,10 @@ class Reloader:
     def _change(self, what: str, who: str, read: Callable[[], ServiceConfig]) -> Reloaded:
         began = time.monotonic()
         with self._lock:
+            known = [self._offer.config]
             try:
                 config = read()
+                known.append(config)
                 _refuse_what_needs_a_start(self._offer.config, config)
                 offered = self._offer.replace(config)
             except Exception as error:  # whatever it is, the old one goes on
@@ -124,7 +128,7 @@ class Reloader:
                 said = "audit: %s by %s failed, what was served before goes on: %s"
                 fields = {"audit": what, "caller": who, "outcome": "failed"}
                 log.error(said, what, who, error, extra=fields, exc_info=not isinstance(error, FORESEEN))
-                raise ReloadFailed(told(error)) from error
+                raise ReloadFailed(told(error, *known)) from error
         seconds = time.monotonic() - began
         self._offer.count("ok")
         names = ", ".join(offered.ensembles)
@@ -183,9 +187,18 @@ class CatalogueOffer:
             thread.join(max(0.0, end - time.monotonic()))
 
 
-def told(error: Exception) -> str:
-    """What an operator far away learns of an error: no folders, and nothing of what nobody foresaw."""
-    return FOLDERS.sub("", str(error)) if isinstance(error, FORESEEN) else "internal error; the log has it"
+def told(error: Exception, *known: ServiceConfig) -> str:
+    """What an operator far away learns of an error: nothing of what nobody foresaw, and no folders. Those that a `known`
+    configuration names are found however they are spelled.
+    """
+    if not isinstance(error, FORESEEN):
+        return "internal error; the log has it"
+    paths = [path for config in known for path in config.paths]
+    if isinstance(error, InvalidConfig) and error.file is not None:
+        paths.append(error.file)
+    spelled = {form for path in paths for form in (path, path.absolute(), Path(os.path.realpath(path)))}
+    folders = sorted((re.escape(f"{form.parent}/") for form in spelled if form.parent.name), key=len, reverse=True)
+    return FOLDERS.sub("", re.sub(rf"(?<![\w./-])(?:{'|'.join(folders)})", "", str(error)))
 
 
 def _refuse_what_needs_a_start(before: ServiceConfig, after: ServiceConfig) -> None:

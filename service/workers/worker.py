@@ -187,7 +187,7 @@ class Worker:
         except Exception as error:  # whatever it is, what is offered goes on
             if not isinstance(error, FORESEEN):
                 log.exception("cannot load")
-            return Cannot(told(error))
+            return Cannot(told(error, self.server.offer.config, config))
         return Offered.of(self._prepared)
 
     def _give_up(self) -> None:

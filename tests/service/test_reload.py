@@ -22,15 +22,15 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from models.bundle import read_manifest
+from models.bundle import InvalidBundle, read_bundle, read_manifest
 from service.access import token_digest
-from service.config import ServiceConfig, load_config
+from service.config import InvalidConfig, ServiceConfig, load_config
 from service.connect import Bearer
 from service.graph_cache import GraphCache
 from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
-from service.reload import ReloadFailed
+from service.reload import ReloadFailed, told
 from service.server import Server
 from tests.bundles import write_tiny_bundle
 from tests.service.serving import ENSEMBLES, Running, connected, random_pixels, request
@@ -180,6 +180,10 @@ def other_logging(served: Configured) -> None:
     served.write(logging={"requests": "all"})
 
 
+def other_tls(served: Configured) -> None:
+    served.write(tls={"certificate": "our keys/server.pem", "key": "our keys/server.key"})
+
+
 def bad_member(served: Configured) -> None:
     served.write(ensembles={"full": {"without": ["egde"]}})
 
@@ -214,6 +218,7 @@ def bad_hash(served: Configured) -> None:
         (bad_depth, "phalanx.yaml: not YAML|levels of keys"),
         (opened, "admin: expected|callers: expected some, as before, got none"),
         (other_logging, "logging: expected .*: this takes a restart to change"),
+        (other_tls, r"tls: expected None, .* got certificate=PosixPath\('server.pem'\) key=PosixPath\('server.key'\)"),
         (bad_member, "ensemble full: without: .*got 'egde'; the nearest is edge"),
         (bad_port, "listen: expected 127.0.0.1:0, as at the start, got 127.0.0.1:1: this takes a restart"),
         (bad_places, "limits.max_concurrent_calls: expected 128, as at the start, got 3"),
@@ -235,6 +240,24 @@ def test_what_is_wrong_changes_nothing(
     assert served.count("failed") == 1
     assert served.native.Classify(request(random_pixels(3))).results == before.results
     assert names(served) == list(ENSEMBLES)
+
+
+@pytest.mark.parametrize("folder", ["conf", "../prod", "our models", "/no such folder", "/"])
+def test_no_folder_is_told_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, bundle = Path(folder, "none.yaml"), Path(folder, "none")
+    with pytest.raises(InvalidConfig, match=str(file)) as unread:
+        load_config(file, environment={})
+    assert told(unread.value) == "none.yaml: cannot be read: [Errno 2] No such file or directory: 'none.yaml'"
+    for path in (bundle, bundle.resolve()):
+        with pytest.raises(InvalidBundle, match=str(path)) as unfound:
+            read_bundle(path)
+        assert told(unfound.value, ServiceConfig(bundle=bundle)) == "none: expected a folder with a bundle, got nothing"
+
+
+def test_what_is_no_path_is_told_as_it_is() -> None:
+    sentence = "data/x, 1 / 2: expected http://127.0.0.1:4317, got http://collector/"
+    assert told(InvalidConfig(sentence), ServiceConfig(bundle=Path("a/bundle"))) == sentence
 
 
 # --- ensembles that come and go
