@@ -27,6 +27,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 
 NATIVE, OPEN = "/phalanx.v1.DefenseEnsemble/", "/inference.GRPCInferenceService/"
 FORBIDDEN = {"UNKNOWN", "INTERNAL", "UNAVAILABLE"}
+IMAGE = "image: "  # before the status of an image, or of an answer in a stream
 MOST_GROWTH = 1.05  # of resident memory over the second half of the messages
 
 Message = tuple[str, bytes]
@@ -41,8 +42,8 @@ def main() -> None:
         await_serving(server)
         with server.channel() as channel:
             print(f"{given.messages} broken messages, seed {given.seed}; {provenance()}")
-            failed = report(server, channel, valid_messages(image_shape(server)), given.messages, given.seed)
-    sys.exit(failed)
+            status = report(server, channel, valid_messages(image_shape(server)), given.messages, given.seed)
+    sys.exit(status)
 
 
 def report(server: Process, channel: grpc.Channel, valid: Sequence[Message], messages: int, seed: int) -> int:
@@ -56,9 +57,14 @@ def report(server: Process, channel: grpc.Channel, valid: Sequence[Message], mes
     growth = server.resident_megabytes / memory
     more = server.open_files - files
     print(f"resident memory {memory:.0f} MB after the first half, times {growth:.3f} after the second; {more} more files open")
-    failed = bool(FORBIDDEN & codes.keys()) or growth > MOST_GROWTH or more > 0
-    print("FAILED" if failed else "no crash, no leak, no status UNKNOWN or INTERNAL")
-    return int(failed)
+    bad = failed(codes, growth, more)
+    print("FAILED" if bad else "no crash, no leak, no status UNKNOWN or INTERNAL")
+    return int(bad)
+
+
+def failed(codes: Counter[str], growth: float = 1.0, more_files: int = 0) -> bool:
+    """Whether anything came back that must not, for a call or for an image in its answer, or did not come back."""
+    return any(code.removeprefix(IMAGE) in FORBIDDEN for code in codes) or growth > MOST_GROWTH or more_files > 0
 
 
 def fuzz(channel: grpc.Channel, valid: Sequence[Message], messages: int, seed: int) -> Counter[str]:
@@ -86,7 +92,7 @@ def answers(channel: grpc.Channel, method: str, data: bytes) -> list[str]:
         assert isinstance(ended, grpc.Call)
         return [ended.code().name]
     numbers = {code.value[0]: code.name for code in grpc.StatusCode}
-    return ["OK", *(f"image: {numbers[result.error.code]}" for result in results if result.HasField("error"))]
+    return ["OK", *(f"{IMAGE}{numbers[result.error.code]}" for result in results if result.HasField("error"))]
 
 
 def broken(draw: random.Random, data: bytes) -> bytes:

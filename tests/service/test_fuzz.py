@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
-from benchmarks.fuzz import FORBIDDEN, answers, fuzz, valid_messages
+from benchmarks.fuzz import MOST_GROWTH, answers, failed, fuzz, valid_messages
 from tests.service.serving import SIZE, Running, random_pixels, request
 
 
@@ -13,11 +15,25 @@ def test_what_is_broken_is_told_apart_from_what_is_not(running: Running) -> None
         assert answers(running.channel, method, data) == ["OK"], method
 
 
+@pytest.mark.parametrize(
+    ("codes", "growth", "files", "bad"),
+    [
+        pytest.param({"OK": 9, "INVALID_ARGUMENT": 5, "image: INVALID_ARGUMENT": 3}, 1.01, 0, False, id="all is well"),
+        pytest.param({"OK": 9, "INTERNAL": 1}, 1.0, 0, True, id="a call"),
+        pytest.param({"OK": 9, "image: INTERNAL": 1}, 1.0, 0, True, id="an image in an answer"),
+        pytest.param({"OK": 9}, MOST_GROWTH + 0.01, 0, True, id="memory"),
+        pytest.param({"OK": 9}, 1.0, 1, True, id="a file"),
+    ],
+)
+def test_what_must_not_come_back_is_a_failure(codes: dict[str, int], growth: float, files: int, bad: bool) -> None:
+    assert failed(Counter(codes), growth, files) is bad
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_broken_messages_are_answered_with_a_sentence(running: Running, seed: int) -> None:
     before = running.native.Classify(request(random_pixels(2)))
     codes = fuzz(running.channel, valid_messages((SIZE, SIZE, 3)), 500, seed)
-    assert not FORBIDDEN & {code.removeprefix("image: ") for code in codes}, codes
+    assert not failed(codes), codes
     assert codes["INVALID_ARGUMENT"] > 50  # it did break them
     assert codes["image: INVALID_ARGUMENT"] > 50
     assert running.native.Classify(request(random_pixels(2))).results == before.results
