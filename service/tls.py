@@ -7,7 +7,6 @@ stays, the log says why, and `phalanx_tls_certificate_expiry_timestamp_seconds` 
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import cast
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from service.config import TlsConfig
 
@@ -71,12 +72,14 @@ class Certificates:
         try:
             key, chain = tls.key.read_bytes(), tls.certificate.read_bytes()
             authority = tls.client_ca.read_bytes() if tls.client_ca else None
-            # gRPC would not say what is wrong with them
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, lambda: b"")  # never ask for one
+            # gRPC would not say what is wrong with them; these very bytes, as the files may change in the meantime
+            certificates = x509.load_pem_x509_certificates(chain)
+            if load_pem_private_key(key, None).public_key() != certificates[0].public_key():
+                raise ValueError("expected the key of the first certificate, got another one")
             if authority is not None:
                 x509.load_pem_x509_certificates(authority)
-            expires = min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(chain))
-        except (OSError, ValueError) as error:
+            expires = min(each.not_valid_after_utc for each in certificates)
+        except (OSError, TypeError, ValueError, UnsupportedAlgorithm) as error:  # TypeError: a password is wanted
             raise InvalidCertificate(f"tls: {_listed(self._files)}: {getattr(error, 'strerror', None) or error}") from None
         self._told(expires.timestamp())
         return grpc.ssl_server_certificate_configuration([(key, chain)], authority)

@@ -12,11 +12,13 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives import serialization
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from service.access import token_digest
+from service.config import TlsConfig
 from service.connect import Bearer
 from service.graph_cache import GraphCache
 from service.pb.inference import open_inference_pb2 as inference
@@ -25,6 +27,7 @@ from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.server import CannotStart, Server
+from service.tls import Certificates, InvalidCertificate
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, reason, request, retry_seconds, serving
 
@@ -312,6 +315,45 @@ def test_an_authority_that_is_none_is_refused_at_the_start(
     tls["client_ca"].write_text("nothing")
     with pytest.raises(CannotStart, match=r"ca\.pem"):
         Server(configured(tiny_bundle, tls=tls), graphs)
+
+
+def encrypted(key: bytes) -> bytes:
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
+    return serialization.load_pem_private_key(key, None).private_bytes(*form)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        pytest.param(lambda _: Authority().issue("phalanx.test").key, "expected the key of the first certificate", id="another"),
+        pytest.param(encrypted, "Password was not given", id="encrypted"),
+        pytest.param(lambda key: key[:-40], "Unable to load PEM", id="half written"),
+    ],
+)
+def test_a_key_that_is_not_the_certificates_is_refused(
+    tmp_path: Path, authority: Authority, change: Callable[[bytes], bytes], sentence: str
+) -> None:
+    tls = certified(tmp_path, authority, False)
+    tls["key"].write_bytes(change(tls["key"].read_bytes()))
+    with pytest.raises(InvalidCertificate, match=f"server.key: .*{sentence}"):
+        Certificates(TlsConfig(**tls), lambda _: None).credentials()
+
+
+def test_what_is_checked_of_a_certificate_is_what_was_read(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both files are replaced just when one of them has been read."""
+    tls, read_bytes = certified(tmp_path, authority, False), Path.read_bytes
+
+    def overtaken(path: Path) -> bytes:
+        content = read_bytes(path)
+        if path == tls["key"]:
+            authority.issue("phalanx.test", ("phalanx.test",)).write(tmp_path, "server")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    with pytest.raises(InvalidCertificate, match="expected the key of the first certificate, got another one"):
+        Certificates(TlsConfig(**tls), lambda _: None).credentials()
 
 
 # --- what is not on the public port
