@@ -27,6 +27,7 @@ from service.pb.phalanx.v1 import admin_pb2, admin_pb2_grpc
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.pb.phalanx.v1 import defense_ensemble_pb2_grpc as pb_grpc
 from service.server import CannotStart, Server
+from service.servicers import admin
 from service.tls import Certificates, InvalidCertificate
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, reason, request, retry_seconds, serving
@@ -365,7 +366,14 @@ def test_the_admin_api_is_on_its_own_port_only(guarded: Running) -> None:
 
 
 @pytest.mark.parametrize("name, code", [(None, CODE.UNAUTHENTICATED), ("lab", CODE.PERMISSION_DENIED)])
-def test_the_admin_port_wants_its_scope(guarded: Running, name: str | None, code: grpc.StatusCode) -> None:
+def test_the_admin_port_wants_its_scope_and_notes_who_lacks_it(
+    guarded: Running,
+    name: str | None,
+    code: grpc.StatusCode,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admin, "QUIET_SECONDS", 60.0)
     with grpc.insecure_channel(str(guarded.server.admin_address)) as channel:
         stub = admin_pb2_grpc.AdminStub(As(channel, name).channel)
         calls: list[tuple[Any, Message]] = [
@@ -378,6 +386,9 @@ def test_the_admin_port_wants_its_scope(guarded: Running, name: str | None, code
                 method(message)
             assert caught.value.code() is code
     assert "no-edge" in guarded.server.ensembles
+    audits = [record.message for record in caplog.records if hasattr(record, "audit")]
+    assert len(audits) == 1
+    assert audits[0].startswith(f"audit: Reload by {name or 'a stranger'} from ipv4:127.0.0.1:")
 
 
 def test_health_of_the_admin_port_is_not_there(guarded: Running) -> None:
