@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hmac
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -355,6 +356,23 @@ def test_what_is_checked_of_a_certificate_is_what_was_read(
     monkeypatch.setattr(Path, "read_bytes", overtaken)
     with pytest.raises(InvalidCertificate, match="expected the key of the first certificate, got another one"):
         Certificates(TlsConfig(**tls), lambda _: None).credentials()
+
+
+@pytest.mark.parametrize("name", ["shop", "narrow", "nobody"])  # the first, the last, none
+def test_a_token_is_compared_with_every_known_one_in_constant_time(
+    guarded: Running, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    compare_digest, compared = hmac.compare_digest, list[tuple[str, str]]()
+
+    def noted(known: str, presented: str) -> bool:
+        compared.append((known, presented))
+        return compare_digest(known, presented)
+
+    monkeypatch.setattr(hmac, "compare_digest", noted)
+    with contextlib.suppress(grpc.RpcError):
+        caller(guarded, name).native.GetEnsemble(pb.GetEnsembleRequest())
+    presented = token_digest(TOKENS.get(name, name))
+    assert compared == [(its["token_sha256"], presented) for its in KNOWN.values()]
 
 
 # --- what is not on the public port
