@@ -66,7 +66,7 @@ def test_at_a_third_of_what_it_can_do_nobody_is_refused_and_no_connection_is_kep
     watch = Watch(server, 3.0)
     answers = load.at_rate(peak / 3, 3.0)
     assert set(counted(answers)) == {"OK"}
-    assert abs(watch.growth()) < 0.2  # of memory, and in three seconds
+    assert watch.growth() < 0.05  # of memory, in three seconds; half an hour may take 2% (`benchmarks.soak`)
     until = time.monotonic() + 10
     while server.open_files > before and time.monotonic() < until:
         time.sleep(0.05)
