@@ -17,21 +17,24 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.context import Context
 from service.graph_cache import GraphCache
 from service.native_front import QUICKLY_READ, NativeServer
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from service.server import Server, _options
+from service.servicers.gate import A_YEAR, deadline_of
 from service.servicers.health import DEFENSE_ENSEMBLE
 from service.servicers.native import DefenseEnsembleServicer
 from tests.bundles import write_tiny_bundle
 from tests.service.certificates import Authority
-from tests.service.serving import Running, configured, random_pixels, request, serving
+from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -211,8 +214,9 @@ def _in_flight(running: Running) -> float:
     return sum(value for key, value in running.scrape().items() if key.startswith("phalanx_in_flight_requests"))
 
 
-def test_a_clock_that_jumps(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a day, in the middle of a stream that has an hour: deadlines, delays and quotas go by the monotonic clock."""
+@pytest.mark.parametrize("days", [1, -1], ids=["forward", "back"])
+def test_a_clock_that_jumps(tiny_bundle: Path, graphs: GraphCache, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    """In the middle of a stream that has an hour: deadlines, delays and quotas go by the monotonic clock."""
     real, jump = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + jump[0])
     jumped = threading.Event()
@@ -223,12 +227,35 @@ def test_a_clock_that_jumps(server: Running, monkeypatch: pytest.MonkeyPatch) ->
         jumped.wait(20)
         yield pb.ClassifyStreamRequest(id="after", image=image)
 
-    stream = server.native.ClassifyStream(requests(), timeout=3600)
-    assert not next(stream).result.HasField("error")
-    jump[0] = 86400.0
-    jumped.set()
-    assert [(answer.id, answer.result.HasField("error")) for answer in stream] == [("after", False)]
-    assert len(server.native.Classify(request(random_pixels(3))).results) == 3
+    quota = {"images_per_second": 0.01, "burst_images": 5}
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, quota=quota) as server:
+        stream = server.native.ClassifyStream(requests(), timeout=3600)
+        assert not next(stream).result.HasField("error")
+        jump[0] = days * 86400.0
+        jumped.set()
+        assert [(answer.id, answer.result.HasField("error")) for answer in stream] == [("after", False)]
+        timeout = 60 if days > 0 else None  # the caller's clock jumps, too, but gRPC's own does not: back, it would be over
+        assert len(server.native.Classify(request(random_pixels(3)), timeout=timeout).results) == 3
+        with pytest.raises(grpc.RpcError, match=r"more than its 0\.01 images a second") as refused:
+            server.native.Classify(request(random_pixels(1)))
+        assert 0 < (retry_seconds(refused.value) or 0) <= 100
+
+
+@pytest.mark.parametrize("left", [0.0, 5.0, A_YEAR])
+def test_a_deadline_is_of_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch, left: float) -> None:
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    before = time.monotonic()
+    deadline = deadline_of(_with_time_left(left))
+    assert deadline is not None
+    assert before + left <= deadline <= time.monotonic() + left
+
+
+def test_a_deadline_in_the_far_future_is_none() -> None:
+    assert deadline_of(_with_time_left(2 * A_YEAR)) is None
+
+
+def _with_time_left(seconds: float) -> Context:
+    return cast(Context, SimpleNamespace(time_remaining=lambda: seconds))
 
 
 def test_a_bundle_that_vanishes_under_the_servers_feet(tmp_path: Path, graphs: GraphCache) -> None:
