@@ -125,12 +125,15 @@ def valid_messages(shape: tuple[int, int, int]) -> list[Message]:
     images = [raw, *(pb.Image(encoded=file) for file in image_files(pixels))]
     tensor = inference.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, *shape])
     infer = inference.ModelInferRequest(model_name="full", inputs=[tensor], raw_input_contents=[pixels.tobytes()])
+    listed = inference.ModelInferRequest(model_name="full", inputs=[tensor])
+    listed.inputs[0].contents.uint_contents.extend(pixels.ravel())
+    listed.outputs.add(name="label")
     return [
         *((NATIVE + "Classify", pb.ClassifyRequest(images=[image]).SerializeToString()) for image in images),
         (NATIVE + "Classify", pb.ClassifyRequest(ensemble="full", images=images).SerializeToString()),
         *((NATIVE + "ClassifyStream", pb.ClassifyStreamRequest(id="a", image=image).SerializeToString()) for image in images),
         (NATIVE + "GetEnsemble", pb.GetEnsembleRequest(ensemble="full").SerializeToString()),
-        (OPEN + "ModelInfer", infer.SerializeToString()),
+        *((OPEN + "ModelInfer", each.SerializeToString()) for each in (infer, listed)),
         (OPEN + "ModelMetadata", inference.ModelMetadataRequest(name="full").SerializeToString()),
     ]
 

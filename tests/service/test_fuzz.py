@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
 
-from benchmarks.fuzz import MOST_GROWTH, answers, failed, fuzz, valid_messages
+from benchmarks.fuzz import MOST_GROWTH, answers, broken, failed, fuzz, valid_messages
+from benchmarks.fuzz_targets import FORESEEN, SPEC, read, read_classify, read_infer
 from tests.service.serving import SIZE, Running, random_pixels, request
 
 
@@ -37,3 +39,27 @@ def test_broken_messages_are_answered_with_a_sentence(running: Running, seed: in
     assert codes["INVALID_ARGUMENT"] > 50  # it did break them
     assert codes["image: INVALID_ARGUMENT"] > 50
     assert running.native.Classify(request(random_pixels(2))).results == before.results
+
+
+READERS = {"Classify": read_classify, "ModelInfer": read_infer}
+READ = [(method.rpartition("/")[2], data) for method, data in valid_messages(SPEC.shape) if method.endswith(tuple(READERS))]
+
+
+def test_what_is_fuzzed_without_a_server_reads_what_is_valid() -> None:
+    assert {method for method, _ in READ} == READERS.keys()
+    for method, data in READ:
+        READERS[method](data)
+
+
+@pytest.mark.parametrize("method", READERS)
+def test_broken_bytes_are_read_or_refused_with_an_error_that_is_foreseen(method: str) -> None:
+    draw, refused = random.Random(0), 0
+    valid = [data for its, data in READ if its == method]
+    for _ in range(300):
+        data = broken(draw, draw.choice(valid))
+        read(data)
+        try:
+            READERS[method](data)
+        except FORESEEN:
+            refused += 1
+    assert 30 < refused < 300
