@@ -159,6 +159,11 @@ class Ablation(_Frozen):
     subsets: tuple[SubsetCard, ...]
     worths: tuple[Worth, ...]
 
+    def earned(self, member: str) -> tuple[str, ...]:
+        """The attackers against whom its Shapley value for robust accuracy with rejection is above 0, error allowed for."""
+        mine = (worth for worth in self.worths if (worth.member, worth.figure) == (member, "rejecting_5"))
+        return tuple(worth.attacker for worth in mine if worth.shapley.low > 0)
+
 
 class Matrix(_Frozen):
     """Square, over `names`; what row and column mean is in the field's comment."""

@@ -365,6 +365,8 @@ def test_every_share_stands_in_its_section_with_interval_and_n(page: Page, secti
         ("comparisons", "the one network is better"),
         ("detectors", "0.713"),
         ("ablation", "adversarial + bayesian + edge + metric"),
+        ("ablation", "against the adaptive and the oblivious attacker"),
+        ("ablation", "not shown against any"),
         ("orthogonality", "34.0%"),
         ("orthogonality", "−0.08"),
         ("orthogonality", "0.81"),
@@ -382,6 +384,18 @@ def test_every_share_stands_in_its_section_with_interval_and_n(page: Page, secti
 )
 def test_what_is_not_a_share_stands_in_its_section(page: Page, section: str, text: str) -> None:
     assert text in page.sections[section]
+
+
+def test_a_member_earns_its_place_where_the_whole_interval_is_above_nothing() -> None:
+    def worth(attacker: Attacker, value: float, figure: Figure = "rejecting_5") -> Worth:
+        return Worth(member="edge", figure=figure, attacker=attacker, shapley=estimate(value), marginal=estimate(0.5))
+
+    def earned(*worths: Worth) -> tuple[str, ...]:
+        return Ablation(suite="quick", n=300, subsets=(), worths=worths).earned("edge")
+
+    assert earned(worth("adaptive", 0.03), worth("oblivious", 0.04)) == ("oblivious",)
+    assert earned(worth("adaptive", 0.04, "robust")) == ()
+    assert earned(worth("adaptive", 0.04)) == ("adaptive",)
 
 
 def test_nothing_is_loaded_and_nothing_runs(markup: str, page: Page) -> None:
