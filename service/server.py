@@ -96,6 +96,7 @@ class Server:
             ensembles = load_ensembles(config, self.metrics, cache)
             self._tracing = self._open_tracing(started)
             self._gate = Gate(Catalogue(config, ensembles, witnesses), self.metrics, self._tracing)
+            started.callback(self._gate.watchdog.close)
             started.callback(lambda: self._gate.catalogue.ensembles.close())
             ensembles.announce(self.metrics)
             self._health = self._add_servicers()

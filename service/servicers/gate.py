@@ -21,6 +21,7 @@ from service.metrics import CallMetrics, Metrics
 from service.quota import Quotas
 from service.servicers.call import Call
 from service.servicers.catalogue import Catalogue
+from service.servicers.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from service.tracing import Trace, Tracing  # the extra `tracing`
@@ -48,6 +49,7 @@ class Gate:
     def __init__(self, catalogue: Catalogue, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.catalogue, self.metrics, self._tracing = catalogue, metrics, tracing
         self._calls: dict[tuple[str, str], tuple[str, CallMetrics]] = {}  # by method and name, "" included
+        self.watchdog = Watchdog()
         self.ready = True
         self.last_answer_ms: dict[str, int] = {}  # by ensemble, since the epoch
         self.failed_seconds: dict[str, float] = {}  # by ensemble

@@ -2,7 +2,8 @@
 
 So images of one stream share runs with each other and with everybody else's.  At most WINDOW requests of a stream are
 in the service at once; then the reader stops reading, and gRPC's flow control makes the sender wait. A stream that asks
-nothing for long is ended, and so is one with nothing left to answer when the server ends: it would keep its thread.
+nothing for long is ended, so is one whose caller reads no answer for as long, and one with nothing left to answer when the
+server ends: it would keep its thread.
 """
 
 from __future__ import annotations
@@ -87,14 +88,19 @@ class _Stream:
             while (entry := self._next()) is not None:
                 response = self._leave(entry)
                 self._room.release()
-                yield response
+                with self._gate.watchdog.within(self._idle, self._context):
+                    yield response  # returns when there is room for it on the way to the caller
         finally:
             self._end()
             self._abandon()
 
+    @property
+    def _idle(self) -> float:
+        return self._gate.catalogue.limits.stream_idle_seconds
+
     def _next(self) -> _Entry | None:
         """The entry to answer next, or None at the end; a stream that waits for its caller does not wait for ever."""
-        idle = self._gate.catalogue.limits.stream_idle_seconds
+        idle = self._idle
         until = monotonic() + idle
         while not self._gate.refusing.is_set():
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import resource
 import shutil
 import signal
@@ -32,6 +31,7 @@ from service.server import Server, _options
 from service.servicers.gate import A_YEAR, deadline_of
 from service.servicers.health import DEFENSE_ENSEMBLE
 from service.servicers.native import DefenseEnsembleServicer
+from service.servicers.stream import WINDOW
 from tests.bundles import write_tiny_bundle
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
@@ -93,20 +93,75 @@ def test_a_caller_that_sends_a_byte_at_a_time(server: Running) -> None:
             over.set()
 
 
+class Deaf:
+    """A caller that asks without end and never reads an answer."""
+
+    def __init__(self, running: Running, number: int) -> None:
+        self.asked = 0
+        little = [("grpc.lb", number), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]  # fits on its way
+        self._channel = grpc.insecure_channel(str(running.server.address), little)
+        self.call = type(running.native)(self._channel).ClassifyStream(self._requests())
+
+    def _requests(self) -> Iterator[pb.ClassifyStreamRequest]:
+        image = request(random_pixels(1)).images[0]
+        while True:
+            self.asked += 1
+            yield pb.ClassifyStreamRequest(image=image)
+
+    def await_stuck(self) -> None:
+        """Until nothing more fits into the way there, as nothing more fits into the way back."""
+        before = -1
+        while self.asked != before or self.asked < 2 * WINDOW:
+            assert self.call.is_active()
+            before = self.asked
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        self.call.cancel()
+        self._channel.close()
+
+
 def test_callers_that_never_read_their_streams(tiny_bundle: Path, graphs: GraphCache) -> None:
     """Their answers fill the way back until nothing more fits; their places are theirs, everybody else's are not."""
-    with serving(tiny_bundle, graphs, ensembles={"full": {}}, shutdown={"notice_seconds": 0, "drain_seconds": 1}) as running:
-        image = request(random_pixels(1)).images[0]
-        endless = (pb.ClassifyStreamRequest(image=image) for _ in itertools.count())
-        channels = [grpc.insecure_channel(str(running.server.address), [("grpc.lb", i)]) for i in range(4)]
-        deaf = [type(running.native)(channel).ClassifyStream(endless) for channel in channels]
+    quick_end = {"notice_seconds": 0, "drain_seconds": 1}
+    with (
+        serving(tiny_bundle, graphs, ensembles={"full": {}}, shutdown=quick_end) as running,
+        contextlib.ExitStack() as open_ones,
+    ):
+        callers = [Deaf(running, number) for number in range(4)]
+        for caller in callers:
+            open_ones.callback(caller.close)
+        for caller in callers:
+            caller.await_stuck()
         answered(running, times=20)
         before = time.monotonic()
         running.server.drain()  # nor do they hold up its end
         assert time.monotonic() - before < 10
-        for call, channel in zip(deaf, channels, strict=True):
-            call.cancel()
-            channel.close()
+
+
+def test_a_caller_that_never_reads_its_stream_loses_its_place(tiny_bundle: Path, graphs: GraphCache) -> None:
+    """Of which there are two, as of all places half is for streams."""
+    limits = {"max_concurrent_calls": 4, "stream_idle_seconds": 2}
+    one = pb.ClassifyStreamRequest(image=request(random_pixels(1)).images[0])
+    with (
+        serving(tiny_bundle, graphs, ensembles={"full": {}}, limits=limits) as running,
+        contextlib.ExitStack() as open_ones,
+    ):
+        callers = [Deaf(running, number) for number in range(2)]
+        for caller in callers:
+            open_ones.callback(caller.close)
+            while caller.asked < 2 * WINDOW:  # which it could not without a place
+                time.sleep(0.01)
+        with pytest.raises(grpc.RpcError, match="2 streams are being answered already"):
+            next(running.native.ClassifyStream(iter([one])))
+        end, seen = time.monotonic() + 20, False
+        while not seen and time.monotonic() < end:
+            with contextlib.suppress(grpc.RpcError):  # while the places are on their way back
+                seen = not next(running.native.ClassifyStream(iter([one]))).result.HasField("error")
+        assert seen
+        for caller in callers:
+            with pytest.raises(grpc.RpcError, match="CANCELLED"):
+                list(caller.call)
 
 
 def test_watchers_of_health_that_come_and_go_stop_nothing(server: Running) -> None:
