@@ -88,6 +88,7 @@ class Flight:
     """A batch that is being computed; without shares where a caller computes its images by itself."""
 
     size: int  # images
+    began: float
     shares: Sequence[Share] = ()
     stop: Stop | None = None
 

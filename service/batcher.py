@@ -96,10 +96,10 @@ class Batcher:
         n = len(images)
         with self._lock:
             self._refuse_if_draining()
-            wait = self._waiting.total * self._seconds_per_image / self._lanes.count
-            if deadline is not None and request.submitted + wait >= deadline:
-                left = max(deadline - request.submitted, 0)
-                raise DeadlineExceeded(f"{left:.3f} s are left, and the work queued before takes about {wait:.3f} s")
+            wait = self._seconds_ahead(request.submitted)
+            if deadline is not None:
+                own = math.ceil(n / self._lanes.count) * self._seconds_per_image
+                self._refuse_if_late(deadline - request.submitted, wait, own)
             if not self._waiting.has_room(caller, n):
                 raise QueueFull(n, self._waiting.total, self._limits.max_queue, max(wait, 0.001))
             self._waiting.add(caller, n)
@@ -119,15 +119,13 @@ class Batcher:
         alone = n <= self._most and (n == 1 or self._lanes.count == 1) and self._company() <= 1 and not self._waiting.total
         if not alone or not self._lanes.enter(wait=False):
             return None
-        flight = Flight(n, stop=stop)
+        flight = Flight(n, self._clock(), stop=stop)
         try:
             with self._lock:
                 self._refuse_if_draining()
+                if deadline is not None:
+                    self._refuse_if_late(deadline - flight.began, 0.0, n * self._seconds_per_image)
                 self._flights.add(flight)
-            needed = n * self._seconds_per_image
-            if deadline is not None and (left := deadline - self._clock()) <= needed:
-                self._seconds_per_image *= 0.9  # one slow run must not refuse everybody for good
-                raise DeadlineExceeded(f"{max(left, 0):.3f} s are left, and the work takes about {needed:.3f} s")
             run, seconds = self._run(images, 1, stop)
         except Stopped:
             raise CancelledError from None
@@ -167,6 +165,23 @@ class Batcher:
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise Draining("this server is shutting down")
+
+    def _seconds_ahead(self, now: float) -> float:
+        """Until the lanes have computed what waits and what is under way; the caller holds the lock."""
+        each = self._seconds_per_image
+        under_way = sum(max(0.0, flight.began + flight.size * each - now) for flight in self._flights)
+        return (self._waiting.total * each + under_way) / self._lanes.count
+
+    def _refuse_if_late(self, left: float, ahead: float, own: float) -> None:
+        """Where fewer seconds are left than the work ahead and its own take; the caller holds the lock."""
+        if left > ahead + own:
+            return
+        if not ahead:
+            self._seconds_per_image *= 0.9  # no run is to come from which to learn: one slow one must not refuse everybody for good
+        raise DeadlineExceeded(
+            f"{max(left, 0):.3f} s are left, and the work takes about {own:.3f} s, after {ahead:.3f} s for what came before "
+            f"({self._waiting.total} images wait)"
+        )
 
     def _serve(self) -> None:
         while True:
@@ -246,7 +261,7 @@ class Batcher:
             while self._backlog and room:
                 with self._backlog.turn() as requests:
                     room -= self._portion(requests, min(portion, room), now, batch, expired)
-            flight = Flight(sum(len(share.images) for share in batch), batch, Stop()) if batch else None
+            flight = Flight(sum(len(share.images) for share in batch), now, batch, Stop()) if batch else None
             if flight is not None:
                 self._flights.add(flight)
                 self._last_requests -= len(batch)  # of those who are likely to come, these did

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -355,12 +355,36 @@ def test_work_that_cannot_be_done_in_time_is_refused_at_once(engine: GatedEngine
         engine.await_run()
         with pytest.raises(DeadlineExceeded, match=r"0\.000 s are left"):
             queue.submit(images[:1], deadline=now[0])
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "asked", "left", "said"),
+    [
+        pytest.param(0, 0, 20, 10.0, r"about 10\.000 s, after 0\.000 s .* \(0 images wait\)", id="by itself"),
+        pytest.param(0, 0, 20, 10.1, None, id="in time by itself"),
+        pytest.param(1, 0, 20, 10.4, r"about 10\.000 s, after 0\.500 s .* \(0 images wait\)", id="after a run"),
+        pytest.param(1, 10, 1, 6.0, r"about 0\.500 s, after 5\.500 s .* \(10 images wait\)", id="after a run and a queue"),
+        pytest.param(1, 10, 1, 6.1, None, id="in time, after both"),
+    ],
+)
+def test_what_a_request_needs_is_held_against_its_deadline(
+    engine: GatedEngine, images: Images, running: int, waiting: int, asked: int, left: float, said: str | None
+) -> None:
+    """Of half a second an image: its own, what waits, and what is under way."""
+    now = [100.0]
+    with batcher(engine, clock=lambda: now[0], max_batch_size=1) as queue:
+        engine.before = lambda _: now.__setitem__(0, now[0] + 0.5)
+        queue.submit(images[:1]).result(SECONDS)
+        engine.await_run()
+        engine.before = lambda _: None
         with engine.held():
-            queue.submit(images[:1])
-            engine.await_run()
-            queue.submit(images[:10])
-            with pytest.raises(DeadlineExceeded, match=r"the work queued before takes about 5\.000 s"):
-                queue.submit(images[:1], deadline=now[0] + 2)
+            if running:
+                queue.submit(images[:running])
+                engine.await_run()
+            if waiting:
+                queue.submit(images[:waiting])
+            with nullcontext() if said is None else pytest.raises(DeadlineExceeded, match=said):
+                queue.submit(images[:asked], deadline=now[0] + left)
 
 
 def test_what_is_left_of_a_large_request_is_not_computed_when_it_is_cancelled(engine: GatedEngine, images: Images) -> None:
@@ -608,7 +632,8 @@ def test_what_is_given_up_leaves_its_place_at_once(engine: GatedEngine, images: 
         assert queue.depth() == 0
 
 
-def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, images: Images) -> None:
+@pytest.mark.parametrize("queued", [False, True], ids=["at once", "queued"])
+def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, images: Images, queued: bool) -> None:
     """A refusal computes nothing, from which a better estimate could come."""
     now = [100.0]
     with batcher(engine, clock=lambda: now[0]) as queue:
@@ -618,7 +643,10 @@ def test_one_slow_run_does_not_refuse_everybody_for_good(engine: GatedEngine, im
         refusals = 0
         while True:
             try:
-                assert queue.compute_now(images[:1], deadline=now[0] + 1.0) is not None
+                if queued:
+                    queue.submit(images[:1], deadline=now[0] + 1.0).result(SECONDS)
+                else:
+                    assert queue.compute_now(images[:1], deadline=now[0] + 1.0) is not None
             except DeadlineExceeded:
                 refusals += 1
             else:
