@@ -238,6 +238,7 @@ class LimitsConfig(_Section):
     max_request_pixels: int = Field(4 * 4096 * 4096, ge=1, le=2**40)  # of all encoded images of a request: decoding costs CPU
     max_concurrent_calls: int = Field(128, ge=1, le=4096)  # a thread each, started when needed; at most half are streams
     max_connection_age_seconds: float | None = Field(None, gt=0, le=2e6)  # lets a load balancer spread long-lived connections
+    message_seconds: float = Field(30.0, gt=0, le=86400)  # for all of a call's message to come: it keeps a thread meanwhile
     stream_idle_seconds: float = Field(300.0, gt=0, le=86400)  # then a stream that asks nothing, or reads no answer, is ended
 
 

@@ -37,7 +37,6 @@ from service.servicers.health import DEFENSE_ENSEMBLE, OPEN_INFERENCE, Health, a
 from service.servicers.malformed import Registrar
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.open_inference import OpenInferenceServicer
-from service.servicers.unread import Doorkeeper
 from service.tls import Certificates, InvalidCertificate
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Server:
         ProcessCollector(registry=self.metrics.registry)
         self._pool = ThreadPoolExecutor(config.limits.max_concurrent_calls + SPARE_THREADS, thread_name_prefix="call")
         options = _options(config, share_port=together is not None)
-        self._server = front_end(config, self._pool, options, lambda: self._gate)
+        self._server = front_end(config, self._pool, options)
         self._ended = ExitStack()  # what must be undone, last first
         with ExitStack() as started:
             started.callback(self._pool.shutdown)
@@ -231,12 +230,10 @@ def _start(server: grpc.Server) -> None:
         raise CannotStart(f"front_end: cannot start: {error}") from None
 
 
-def front_end(
-    config: ServiceConfig, pool: ThreadPoolExecutor, options: Sequence[tuple[str, int]], gate: Callable[[], Gate]
-) -> grpc.Server:
-    """What reads and writes messages; `gate` is asked once calls come in. Raises MissingExtra."""
+def front_end(config: ServiceConfig, pool: ThreadPoolExecutor, options: Sequence[tuple[str, int]]) -> grpc.Server:
+    """What reads and writes messages; raises MissingExtra."""
     if config.front_end == "grpcio":
-        return grpc.server(pool, options=options, interceptors=[Doorkeeper(gate)])
+        return grpc.server(pool, options=options)
     return cast(grpc.Server, extras.native_server()(pool, options))  # reads messages where no thread of ours waits for it
 
 

@@ -14,7 +14,7 @@ from service.access import ANONYMOUS, Caller
 from service.batcher import Draining
 from service.config import Scope
 from service.context import Context
-from service.errors import Failure, TooManyCalls, Unauthenticated, failure_of, request_id_of, rich_status
+from service.errors import Failure, TooManyCalls, failure_of, request_id_of, rich_status
 from service.fair_queue import Holdings
 from service.logs import RequestLog, counted_verdicts
 from service.metrics import CallMetrics, Metrics
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 A_YEAR = 365 * 86400.0  # no deadline is a deadline in the far future
 INFERENCES = ("Classify", "ClassifyStream", "ModelInfer")
+MOST_AWAITED = 8  # messages of calls that have no place yet: half of the threads that are spare
 MOST_RELOADS = 8  # that may overtake one call; each gives it another start
 
 Answer = TypeVar("Answer")
@@ -93,25 +94,15 @@ class Gate:
         return answer
 
     @property
-    def full(self) -> bool:
-        """Whether every place for calls is taken, a moment ago: asked without the lock."""
-        return self._places.full
+    def crowded(self) -> bool:
+        """Whether a call must have a place before its message is waited for: none is free, or many messages do not come."""
+        return self._places.full or self.watchdog.watched >= MOST_AWAITED
 
-    def refuse_unread(self, method: str, context: grpc.ServicerContext) -> Never:
-        """End a call for which there is no place. Which ensemble it names is not known: it is counted as the default one's."""
-        try:
-            call = self.identify(context)
-        except Unauthenticated as error:
-            self.refuse(method, error, context)
-        ending = self.refusing.is_set()
-        why = Draining("this server is shutting down") if ending else TooManyCalls(self._places.limit)
-        self.refuse(method, why, context, call)
-
-    def refuse(self, method: str, error: Exception, context: grpc.ServicerContext, call: Call | None = None) -> Never:
+    def refuse(self, method: str, error: Exception, context: grpc.ServicerContext) -> Never:
         """End a call that no handler has seen, and count it."""
         failure, begun = failure_of(error), self.begin(method, "", context)
-        self.end(begun, failure.code, call)
-        self.log(begun, context, call, failure.code)
+        self.end(begun, failure.code)
+        self.log(begun, context, None, failure.code)
         abort(failure, context)
 
     def begin(self, method: str, name: str, context: Context) -> Begun:

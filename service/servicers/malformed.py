@@ -1,19 +1,21 @@
-"""Requests that are no message of their method: answered INVALID_ARGUMENT and counted, as all that a caller gets wrong.
+"""Requests that are no message of their method, or do not come: answered and counted, as all that a caller gets wrong.
 
-gRPC's own answer would be INTERNAL, with a traceback in the log for every one, and no handler would hear of it.
+gRPC's own answer would be INTERNAL, with a traceback in the log for every one, and no handler would hear of it. For a message that
+does not come it would wait for ever, in a thread of ours: unary handlers are registered as such that take a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from service.errors import InvalidRequest
-from service.servicers.gate import Gate
+from service.servicers.gate import INFERENCES, Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,9 @@ class Malformed:
     """What a request is whose bytes cannot be parsed. Streams meet it among their requests; unary methods never see it."""
 
     error: InvalidRequest
+
+
+Request = TypeVar("Request")
 
 
 class Registrar:
@@ -44,14 +49,30 @@ class Registrar:
         answer = handler.unary_unary or handler.unary_stream
         assert answer is not None, f"{method}: no method is foreseen that takes a stream and answers once"
 
-        def checked(request: Any, context: grpc.ServicerContext) -> Any:
-            if isinstance(request, Malformed):
-                self._gate.refuse(method, request.error, context)
+        def awaited(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            try:
+                request = received(requests, self._gate, context)
+            except (CancelledError, InvalidRequest) as error:
+                self._gate.refuse(method, error, context)
             return answer(request, context)
 
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(checked, parse, write)
-        return grpc.unary_unary_rpc_method_handler(checked, parse, write)
+            return grpc.stream_stream_rpc_method_handler(awaited, parse, write)
+        return grpc.stream_unary_rpc_method_handler(answer if method in INFERENCES else awaited, parse, write)
+
+
+def received(requests: Iterator[Request | Malformed], gate: Gate, context: grpc.ServicerContext) -> Request:
+    """The message of a unary call; raises InvalidRequest, or CancelledError where the caller, or the watchdog, ended the wait."""
+    try:
+        with gate.watchdog.within(gate.catalogue.limits.message_seconds, context):
+            request = next(requests, None)
+    except grpc.RpcError:
+        raise CancelledError from None
+    if request is None:
+        raise InvalidRequest("expected a message of this method, got none")
+    if isinstance(request, Malformed):
+        raise request.error
+    return request
 
 
 def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

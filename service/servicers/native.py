@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from time import perf_counter
+from typing import Any
 
 import grpc
 
@@ -26,8 +27,8 @@ class DefenseEnsembleServicer(pb_grpc.DefenseEnsembleServicer):
             gate, "Classify", lambda request: request.ensemble, self._read, _only_pixels
         )
 
-    def Classify(self, request: pb.ClassifyRequest, context: grpc.ServicerContext) -> pb.ClassifyResponse:
-        return self.classify(request, context)
+    def Classify(self, request: Any, context: grpc.ServicerContext) -> pb.ClassifyResponse:
+        return self.classify(request, context)  # an iterator, of which nothing is read: see service/servicers/inference.py
 
     def ClassifyStream(
         self, request_iterator: Iterator[pb.ClassifyStreamRequest], context: grpc.ServicerContext

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import grpc
 
@@ -71,8 +72,8 @@ class OpenInferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
         return self._gate.answer("ModelStatistics", request.name, context, counted, Scope.ADMIN)
 
-    def ModelInfer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> pb.ModelInferResponse:
-        return self.infer(request, context)
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> pb.ModelInferResponse:
+        return self.infer(request, context)  # an iterator, of which nothing is read: see service/servicers/inference.py
 
 
 def _read(request: pb.ModelInferRequest, call: Call) -> Asked[pb.ModelInferResponse]:

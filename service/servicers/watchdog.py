@@ -21,6 +21,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._thread.start()
 
+    @property
+    def watched(self) -> int:
+        """How many calls wait for their caller."""
+        return len(self._until)
+
     @contextmanager
     def within(self, seconds: float, context: grpc.ServicerContext) -> Iterator[None]:
         """The call is cancelled unless the block ends in time."""

@@ -27,8 +27,8 @@ from service.context import Context
 from service.graph_cache import GraphCache
 from service.native_front import QUICKLY_READ, NativeServer
 from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
-from service.server import Server, _options
-from service.servicers.gate import A_YEAR, deadline_of
+from service.server import SPARE_THREADS, Server, _options
+from service.servicers.gate import A_YEAR, MOST_AWAITED, deadline_of
 from service.servicers.health import DEFENSE_ENSEMBLE
 from service.servicers.native import DefenseEnsembleServicer
 from service.servicers.stream import WINDOW
@@ -36,7 +36,11 @@ from tests.bundles import write_tiny_bundle
 from tests.service.certificates import Authority
 from tests.service.serving import Running, configured, random_pixels, request, retry_seconds, serving
 
+both = pytest.mark.parametrize("front_end", ["grpcio", "native"])
+
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6
+ACK, END_HEADERS = 1, 4
 
 
 @pytest.fixture
@@ -91,6 +95,67 @@ def test_a_caller_that_sends_a_byte_at_a_time(server: Running) -> None:
             answered(server)
         finally:
             over.set()
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113, 4.1)."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def read_frame(connection: socket.socket) -> tuple[int, int]:
+    """The kind and the flags of the next frame."""
+    header = connection.recv(9, socket.MSG_WAITALL)
+    connection.recv(int.from_bytes(header[:3], "big"), socket.MSG_WAITALL)
+    return header[3], header[4]
+
+
+def half_a_call(running: Running, path: str) -> socket.socket:
+    """A call that has begun, and ten bytes of a hundred of its message."""
+    headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "phalanx", "content-type": "application/grpc"}
+    fields = [(name.encode(), value.encode()) for name, value in {**headers, "te": "trailers"}.items()]
+    block = b"".join(b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields)  # RFC 7541, 6.2.2
+    connection = dial(running)
+    message = b"\0" + (100).to_bytes(4, "big") + bytes(10)
+    connection.sendall(HTTP2_PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, block) + frame(DATA, 0, 1, message))
+    connection.sendall(frame(PING, 0, 0, bytes(8)))
+    while read_frame(connection) != (PING, ACK):  # then the server has read all of it
+        pass
+    return connection
+
+
+@both
+@pytest.mark.parametrize("method", ["phalanx.v1.DefenseEnsemble/Classify", "phalanx.v1.DefenseEnsemble/ListEnsembles"])
+def test_callers_that_send_half_a_message(tiny_bundle: Path, graphs: GraphCache, front_end: str, method: str) -> None:
+    """They are more than there are threads, and nobody waits for the other half for long."""
+    limits = {"max_concurrent_calls": 4, "message_seconds": 1}
+    with (
+        serving(tiny_bundle, graphs, ensembles={"full": {}}, limits=limits, front_end=front_end) as running,
+        contextlib.ExitStack() as open_ones,
+    ):
+        for _ in range(2 * (4 + SPARE_THREADS)):
+            open_ones.enter_context(half_a_call(running, f"/{method}"))
+        for _ in range(50):  # some of them come when all calls have come to their threads
+            assert running.health.Check(health_pb2.HealthCheckRequest(), timeout=20).status
+            time.sleep(0.01)
+        end, served = time.monotonic() + 20, False
+        while not served and time.monotonic() < end:
+            with contextlib.suppress(grpc.RpcError):  # while they have the places
+                served = bool(running.native.Classify(request(random_pixels(1)), timeout=20).results)
+        assert served
+
+
+def test_who_may_not_ask_sends_in_vain(tiny_bundle: Path, graphs: GraphCache) -> None:
+    """But for a few, strangers are refused before the messages that they do not finish."""
+    callers = {"shop": {"token_sha256": "0" * 64, "scopes": ["classify"]}}
+    with serving(tiny_bundle, graphs, ensembles={"full": {}}, callers=callers) as running, contextlib.ExitStack() as open_ones:
+        for _ in range(MOST_AWAITED):
+            open_ones.enter_context(half_a_call(running, "/phalanx.v1.DefenseEnsemble/Classify"))
+        while running.server._gate.watchdog.watched < MOST_AWAITED:
+            time.sleep(0.01)
+        stranger = open_ones.enter_context(half_a_call(running, "/phalanx.v1.DefenseEnsemble/Classify"))
+        while read_frame(stranger)[0] != HEADERS:  # with its status
+            pass
+        assert running.scrape()['phalanx_errors_total{code="UNAUTHENTICATED",ensemble="full",method="Classify"}'] == 1
 
 
 class Deaf:
