@@ -315,8 +315,7 @@ def _checks(
             checks.append(_check(f"{what} change nothing", change <= SAME, measured))
     plain = _made(campaign, main, whole, CONTROL)
     for entry in ("square", "noise", "longer-noise"):
-        if entry in names:
-            made = _made(campaign, main, whole, entry)
+        if entry in names and (made := _made(campaign, main, whole, entry)).rows and plain.rows:
             n = int(made.tried[0].sum())
             black, white = (float(side.first(n).robust.mean()) for side in (made, plain))
             measured = f"{black:.1%} against {white:.1%} left (n = {n})"
