@@ -152,7 +152,7 @@ def test_a_network_trained_on_the_test_images_is_no_control(
     built: Path, control: Path, attacked: dict[Path, Path], tmp_path: Path
 ) -> None:
     parts = read_bundle(control).parts()
-    data = {"source": "tests/data/eurosat", "train": "test"}
+    data = {"source": "tests/data/eurosat", "train": "test", "test": "validation", "calibration": "train"}
     provenance = parts.provenance.model_copy(
         update={
             "recipe": {**parts.provenance.recipe, "data": data},

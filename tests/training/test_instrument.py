@@ -59,7 +59,7 @@ def test_a_control_that_only_noise_was_tried_on_stands_and_is_reported(campaign:
     by_noise = [unit for unit in units if unit.entry.access == "none"]
     left = {check.name: check.measured for check in checks(campaign, by_noise) if not check.passed}
     assert falls in left
-    assert float(left[falls].split("%")[0]) > 25
+    assert float(left[falls].split("%")[0]) > 10
 
 
 def test_every_adversarial_image_lies_in_the_ball_and_is_what_the_members_answered_to(campaign: Campaign) -> None:
@@ -224,7 +224,7 @@ def test_of_query_attacks_that_are_alike_the_one_on_most_images_counts(built: Pa
 
 def test_a_server_that_saw_a_part_of_the_images_is_said_to_have(campaign: Campaign) -> None:
     units = finished(campaign)
-    made = sum(unit.stop - unit.start for unit in campaign.units(full_and_members(campaign.bundle.manifest)[-1:]))
+    made = sum(unit.stop - unit.start for unit in campaign.units(full_and_members(campaign.bundle.manifest)))
 
     def missing(images: int) -> list[str]:
         deployment = Deployment(images=images, labels_differ=0, p_value_difference=0.0)
