@@ -369,11 +369,19 @@ def test_an_answer_that_is_not_finite_is_counted_and_nobodys_class() -> None:
     assert judged.label[3:].tolist() == [NO_CLASS] * 4
 
 
-def test_an_infinite_gradient_behind_a_finite_answer_is_counted() -> None:
+@pytest.mark.parametrize(
+    ("spoiled", "counted"),
+    [
+        pytest.param(lambda x: x.sqrt() * torch.where(x > -1, 0.0, 1.0), "losses", id="a NaN in the answer"),
+        pytest.param(lambda x: (x - x.detach()).sqrt() + x, "gradients", id="an infinite gradient behind a finite answer"),
+    ],
+)
+def test_what_is_not_finite_is_counted(spoiled: Callable[[Tensor], Tensor], counted: str) -> None:
     findings = Findings()
-    forward = findings.watched(lambda pixels: (x := pixels.flatten(1)[:, :CLASSES]) + (x - x.detach()).sqrt())
-    forward(images(3).requires_grad_()).sum().backward()
-    assert findings.gradients == 3
+    forward = findings.watched(lambda pixels: spoiled(pixels.flatten(1)[:, :CLASSES]))
+    x = (-images(3) if counted == "losses" else images(3)).requires_grad_()
+    forward(x).sum().backward()
+    assert getattr(findings, counted) == 3
 
 
 def test_noise_stays_in_the_ball_and_keeps_the_worst() -> None:

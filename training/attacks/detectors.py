@@ -65,7 +65,6 @@ def surely_wrong(problem: Problem, steps: int, targets: int) -> Tensor:
     with torch.no_grad():
         log_p = problem.system.log_probabilities(problem.pixels).scatter(1, problem.labels[:, None], -torch.inf)
     for target in log_p.topk(min(targets, log_p.shape[1] - 1), dim=1).indices.unbind(1):
-        search.first = True
         for step, (x, lead, _) in enumerate(search.steps(steps, target)):
             (up,) = torch.autograd.grad(lead.sum(), x)
             search.move(x, problem.findings.checked(up), 2 * (1 - step / steps))
@@ -101,10 +100,12 @@ class _Search:
     def steps(self, steps: int, target: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more.
 
-        The margin is that of any wrong class over the right one, or of the classes `target` (n,) over all others.
+        The margin is that of any wrong class over the right one, or of the classes `target` (n,) over all others, and then the
+        start is the image itself.
         """
         system, y = self.problem.system, self.problem.labels
-        self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random=not self.first)
+        random = target is None and not self.first
+        self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random)
         self.first = False
         for iteration in range(steps + 1):
             x = self._next.detach().requires_grad_()

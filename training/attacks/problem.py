@@ -32,13 +32,15 @@ class Findings:
                 hook.remove()
 
     def watched(self, logits: Logits) -> Logits:
-        """The same function, every gradient through it checked."""
+        """The same function, every answer and every gradient through it checked."""
 
         def forward(pixels: Tensor) -> Tensor:
             if pixels.requires_grad:
                 pixels = pixels.view_as(pixels)  # a hook of our own, and not one more on the caller's leaf
                 pixels.register_hook(self._gradient)
-            return logits(pixels)
+            answer = logits(pixels)
+            self.losses += _not_finite(answer)  # of features, which are no network's answer
+            return answer
 
         return forward
 

@@ -76,12 +76,20 @@ def ledgers_of(campaign: Campaign, units: Sequence[Unit]) -> dict[str, Ledger]:
     return {subject.name: ledger(campaign, campaign.system(subject).ensemble, units) for subject in mains}
 
 
+def _counted(ledgers: Mapping[str, Ledger]) -> dict[str, Ledger]:
+    """Of what was tried, what the figures are about."""
+    return {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
+
+
+def _proofs(campaign: Campaign, subjects: Sequence[Subject]) -> dict[str, Bools | None]:
+    return {subject.name: proven_on(campaign.system(subject), campaign.images, campaign.epsilon) for subject in subjects}
+
+
 def checks(campaign: Campaign, units: Sequence[Unit]) -> list[Check]:
     """Sanity checks and positive controls of what was tried on the ensemble, its members and the controls."""
     mains = full_and_members(campaign.bundle.manifest)
     ledgers = ledgers_of(campaign, units)
-    counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
-    proofs = {subject.name: proven_on(campaign.system(subject), campaign.images, campaign.epsilon) for subject in mains}
+    counted, proofs = _counted(ledgers), _proofs(campaign, mains)
     return _checks(campaign, ledgers, counted, proofs, units, tuple(under_fresh_masks(campaign, mains[-1], units)), None)
 
 
@@ -96,8 +104,7 @@ def build(
     """The card of `full` and its members, of whom `ledgers` are; with an ablation on as many images as every subset met."""
     manifest = campaign.bundle.manifest
     mains = full_and_members(manifest)
-    counted = {name: whole.where(lambda row: row.counts) for name, whole in ledgers.items()}
-    proofs = {subject.name: proven_on(campaign.system(subject), campaign.images, campaign.epsilon) for subject in mains}
+    counted, proofs = _counted(ledgers), _proofs(campaign, mains)
     systems = tuple(
         _system(campaign, subject, ledgers[subject.name], counted[subject.name], proofs[subject.name]) for subject in mains
     )
