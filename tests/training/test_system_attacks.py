@@ -310,7 +310,7 @@ def past(toy: System, found: Tensor, y: Tensor) -> int:
     [
         pytest.param(partial(joint, steps=40, weights=(2.0,)), id="the joint objective"),
         pytest.param(partial(orthogonal, steps=40), id="Orthogonal PGD"),
-        pytest.param(partial(surely_wrong, steps=40, targets=4), id="sure of each wrong class"),
+        pytest.param(partial(surely_wrong, iterations=40, targets=4), id="sure of each wrong class"),
     ],
 )
 def test_a_detector_of_small_margins_holds_no_attack_back(attack: Attack) -> None:
@@ -321,7 +321,8 @@ def test_a_detector_of_small_margins_holds_no_attack_back(attack: Attack) -> Non
 
 def test_who_leads_over_all_classes_is_accepted_more_often_than_who_leads_over_the_right_one() -> None:
     toy, pixels, y = twins()
-    sure, pushed = (past(toy, a(problem(toy, pixels, y, 10.0)), y) for a in (partial(surely_wrong, steps=40, targets=2), PUSHED))
+    attacks = partial(surely_wrong, iterations=40, targets=2), PUSHED
+    sure, pushed = (past(toy, attack(problem(toy, pixels, y, 10.0)), y) for attack in attacks)
     assert sure >= pushed + 10
 
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.attacks.libraries import apgd_lead
 from training.attacks.pgd import margin, project, start
 from training.attacks.problem import Problem
 from training.attacks.rule import unit
-from training.system import System
+from training.system import Judged, System
 
 Rate = Literal["review", "reject"]
 
@@ -36,7 +37,7 @@ def joint(problem: Problem, steps: int, weights: Sequence[float], accepted_at: R
             up, down = map(unit, search.gradients(x, fool.clamp(max=FOOLED_ENOUGH), hide))
             back = _each(fool <= 0) & ~_differs(_beside(down, up))
             search.move(x, torch.where(back, up, up - weight * down))
-    return search.best
+    return search.best.pixels
 
 
 def orthogonal(problem: Problem, steps: int) -> Tensor:
@@ -52,23 +53,25 @@ def orthogonal(problem: Problem, steps: int) -> Tensor:
         wanted, other = (torch.where(_each(fool > 0), *pair) for pair in ((-down, up), (up, down)))
         spared = _beside(wanted, other)
         search.move(x, torch.where(_differs(spared), spared, wanted))
-    return search.best
+    return search.best.pixels
 
 
-def surely_wrong(problem: Problem, steps: int, targets: int) -> Tensor:
-    """For each of the likeliest wrong classes, ascend its lead over all others, to the end: wrong, and sure of it.
+def surely_wrong(problem: Problem, iterations: int, targets: int) -> Tensor:
+    """For each of the likeliest wrong classes, Auto-PGD on its lead over all others, to the end: wrong, and sure of it.
 
-    lead_t = log p_t - max_{j != t} log p_j, which is what a detector of small margins looks at once t leads. The step falls
-    from epsilon / 4 to nothing; of all images met, the most harmful is kept.
+    lead_t = log p_t - max_{j != t} log p_j is what a detector of small margins looks at once t leads. Of each image, the most
+    harmful of what was found for the targets.
     """
-    search = _Search(problem, "review")
+    system, y = problem.system, problem.labels
     with torch.no_grad():
-        log_p = problem.system.log_probabilities(problem.pixels).scatter(1, problem.labels[:, None], -torch.inf)
+        log_p = system.log_probabilities(problem.pixels).scatter(1, y[:, None], -torch.inf)
+    best = _Best(problem)
     for target in log_p.topk(min(targets, log_p.shape[1] - 1), dim=1).indices.unbind(1):
-        for step, (x, lead, _) in enumerate(search.steps(steps, target)):
-            (up,) = torch.autograd.grad(lead.sum(), x)
-            search.move(x, problem.findings.checked(up), 2 * (1 - step / steps))
-    return search.best
+        found = apgd_lead(problem, target, iterations)
+        with torch.no_grad():
+            log_p, _, judged = system.evidence(found)
+        best.keep(found, log_p, judged)
+    return best.pixels
 
 
 def _beside(direction: Tensor, other: Tensor) -> Tensor:
@@ -86,6 +89,22 @@ def _each(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+class _Best:
+    """Of every image the most harmful version met."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.pixels = problem.pixels.clone()
+        self.harm = torch.full((len(self.pixels),), -torch.inf, device=self.pixels.device)
+
+    def keep(self, x: Tensor, log_p: Tensor, judged: Judged) -> None:
+        """What of x (n, h, w, c), so judged, is worse for the system than all before."""
+        y = self.problem.labels
+        found = harm(judged.label != y, judged.p_value, self.problem.system, margin(log_p.detach(), y))
+        better = found > self.harm
+        self.pixels[better], self.harm[better] = x[better], found[better]
+
+
 class _Search:
     """One ascent after another, and of every image the most harmful version met on the way."""
 
@@ -93,27 +112,19 @@ class _Search:
         self.problem, self.generator = problem, problem.generator()
         self.threshold = problem.system.threshold(accepted_at)
         self.first = True
-        self.best = problem.pixels.clone()
-        self.harm = torch.full((len(self.best),), -torch.inf, device=self.best.device)
-        self._next = self.best
+        self.best = _Best(problem)
+        self._next = problem.pixels
 
-    def steps(self, steps: int, target: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more.
-
-        The margin is that of any wrong class over the right one, or of the classes `target` (n,) over all others, and then the
-        start is the image itself.
-        """
-        system, y = self.problem.system, self.problem.labels
-        random = target is None and not self.first
-        self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random)
+    def steps(self, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(x, margin (n,), excess of the statistic over the threshold (n,)), `steps` times, and judge one more."""
+        self._next = start(self.problem.pixels, self.problem.epsilon, self.generator, random=not self.first)
         self.first = False
         for iteration in range(steps + 1):
             x = self._next.detach().requires_grad_()
-            log_p, statistic, judged = system.evidence(x)
-            fool = margin(log_p, y) if target is None else -margin(log_p, target)
-            self._keep(x.detach(), harm(judged.label != y, judged.p_value, system, fool.detach()))
+            log_p, statistic, judged = self.problem.system.evidence(x)
+            self.best.keep(x.detach(), log_p, judged)
             if iteration < steps:
-                yield x, fool, F.relu(statistic - self.threshold + WELL_HIDDEN)
+                yield x, margin(log_p, self.problem.labels), F.relu(statistic - self.threshold + WELL_HIDDEN)
 
     def gradients(self, x: Tensor, fool: Tensor, hide: Tensor) -> tuple[Tensor, Tensor]:
         """Of both objectives with respect to x."""
@@ -121,14 +132,9 @@ class _Search:
         (down,) = torch.autograd.grad(hide.sum(), x)
         return self.problem.findings.checked(up), self.problem.findings.checked(down)
 
-    def move(self, x: Tensor, direction: Tensor, length: float = 1.0) -> None:
-        """One step of `length` times epsilon / 8 along the sign of `direction`."""
-        step = length * self.problem.epsilon / 8
-        self._next = project(x.detach() + step * direction.sign(), self.problem.pixels, self.problem.epsilon)
-
-    def _keep(self, x: Tensor, found: Tensor) -> None:
-        better = found > self.harm
-        self.best[better], self.harm[better] = x[better], found[better]
+    def move(self, x: Tensor, direction: Tensor) -> None:
+        """One step of epsilon / 8 along the sign of `direction`."""
+        self._next = project(x.detach() + self.problem.epsilon / 8 * direction.sign(), self.problem.pixels, self.problem.epsilon)
 
 
 def harm(wrong: Tensor, p_value: Tensor, system: System, margins: Tensor) -> Tensor:

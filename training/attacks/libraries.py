@@ -18,7 +18,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from training.attacks.pgd import project
+from training.attacks.pgd import margin, project
 from training.attacks.problem import Problem
 
 GAP = 5.0
@@ -40,6 +40,23 @@ def apgd_targeted(problem: Problem, iterations: int, targets: int, restarts: int
     settings = _settings(problem) | {"n_target_classes": targets, "logger": LOGGER}
     attack = APGDAttack_targeted(_channels_first(problem), n_iter=iterations, n_restarts=restarts, **settings)
     return _run(problem, attack)
+
+
+def apgd_lead(problem: Problem, target: Tensor, iterations: int) -> Tensor:
+    """Auto-PGD on the lead of the classes `target` (n,) over all others: where it was largest, whether it fools or not."""
+
+    class Lead(APGDAttack_targeted):  # type: ignore[misc]
+        def ce_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002  # as its run calls it
+            return -margin(x, self.y_target)
+
+    attack = Lead(_channels_first(problem), n_iter=iterations, **_settings(problem))
+    attack.loss, attack.y_target = "ce-targeted", target
+    pixels = problem.pixels.permute(0, 3, 1, 2).contiguous() / 255
+    attack.init_hyperparam(pixels)
+    with _own_random_state():
+        torch.manual_seed(attack.seed)
+        found = attack.attack_single_run(pixels, problem.labels)[0]
+    return _in_ball(problem, found)
 
 
 def fab_targeted(problem: Problem, iterations: int, targets: int, restarts: int = 1) -> Tensor:
@@ -92,6 +109,10 @@ def _run(problem: Problem, attack) -> Tensor:  # type: ignore[no-untyped-def]
     with _own_random_state(), contextlib.redirect_stdout(io.StringIO()):
         found = attack.perturb(problem.pixels.permute(0, 3, 1, 2).contiguous() / 255, problem.labels)
     found = found[0] if isinstance(found, tuple) else found
+    return _in_ball(problem, found)
+
+
+def _in_ball(problem: Problem, found: Tensor) -> Tensor:
     return project(255 * found.detach().permute(0, 2, 3, 1), problem.pixels, problem.epsilon)
 
 

@@ -152,7 +152,7 @@ def assembled(
         Entry("foresighted-pgd", partial(_foresighted, attack=partial(direct, until_fooled=False)), applies=hears_thermometers),
         Entry("features", partial(feature_adversary, steps=2 * steps), applies=has_centers, aims="features"),
         Entry("joint", partial(joint, steps=steps, weights=weights), applies=screened, aims="everything"),
-        Entry("surely-wrong", partial(surely_wrong, steps=steps, targets=targets), applies=screened, aims="everything"),
+        Entry("surely-wrong", partial(surely_wrong, iterations=apgd, targets=targets), applies=screened, aims="everything"),
         Entry("orthogonal", partial(orthogonal, steps=2 * steps), applies=screened, aims="everything"),
     ]
     for samples in masks:  # the most of them for the figures, fewer to see whether those were enough
