@@ -34,6 +34,6 @@ def load_checkpoint(path: Path, fingerprint: str, device: torch.device) -> dict[
         raise StaleCheckpoint(f"{path} is damaged ({error}); delete it to start afresh") from error
     if state["fingerprint"] != fingerprint:
         raise StaleCheckpoint(
-            f"{path} was written by another recipe or other data; train into another folder, or delete it to start afresh"
+            f"{path} was written by another recipe, precision or data; train into another folder, or delete it to start afresh"
         )
     return state

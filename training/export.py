@@ -41,7 +41,7 @@ from training.data import Images, Splits, load_splits
 from training.loop import network_config, read_weights
 from training.onnx_export import check_parity, export_onnx
 from training.provenance import commit
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe, add_precision, load_recipe
 from training.refused import TrainingRefused
 from training.system import Members, frozen_network
 
@@ -55,13 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where training left its weights (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="the bundle to write (default: <runs>/<recipe>/bundle)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    add_precision(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate and export; prints what was fitted. Run again after a kill: attacks that are done are not run again."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, args.precision)
     folder = args.runs / recipe.name
     check_output(args.output or folder / "bundle")
     splits = load_splits(recipe.data, args.data)

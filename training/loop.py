@@ -271,6 +271,7 @@ def read_weights(recipe: Recipe, kind: MemberKind, splits: Splits, folder: Path)
         raise StaleCheckpoint(f"{path} is damaged ({error}); delete it and train this member again") from error
     if record.get("fingerprint") != f"{recipe.fingerprint(kind)}:{splits.fingerprint}":
         raise StaleCheckpoint(
-            f"{path} was trained by another recipe or on other data; train this member again, or name other --runs"
+            f"{path} was trained by another recipe, in another precision or on other data; "
+            "train this member again, or name other --runs"
         )
     return content

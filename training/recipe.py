@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -128,6 +129,10 @@ BOUNDED: frozenset[MemberKind] = frozenset({"certified"})
 """Kinds that are hardened by bounds over the ball, with no inner attack."""
 
 
+Precision = Literal["32-true", "bf16-mixed"]
+"""What the networks are trained in; calibration and evaluation are float32 throughout."""
+
+
 class Recipe(Frozen):
     """A bundle's recipe. `epsilon` is the radius of the l-infinity ball in pixel units (4 means 4/255)."""
 
@@ -135,7 +140,7 @@ class Recipe(Frozen):
     data: DataRecipe
     epsilon: float = Field(gt=0, le=255)
     seed: int = 0
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    precision: Precision = "bf16-mixed"
     members: dict[MemberKind, MemberRecipe] = Field(min_length=1)
     calibration: CalibrationRecipe = CalibrationRecipe()
     licenses: dict[str, str] = Field(default_factory=dict, description="what is covered -> SPDX name, for the bundle's manifest")
@@ -194,8 +199,19 @@ class InvalidRecipe(TrainingRefused):
     """A recipe that cannot be read, found or understood."""
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A recipe by the name of one that ships (`eurosat`, `fashion-mnist`, `smoke`) or by the path of a YAML file."""
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option of `phalanx-train train`, `build` and `export` that takes the place of the recipe's `precision`."""
+    parser.add_argument(
+        "--precision", choices=get_args(Precision),
+        help="of training; bf16-mixed is slow on CPUs without bfloat16 units (default: the recipe's, or else bf16-mixed)",
+    )  # fmt: skip
+
+
+def load_recipe(name_or_path: str, precision: Precision | None = None) -> Recipe:
+    """A recipe by the name of one that ships (`eurosat`, `fashion-mnist`, `smoke`) or by the path of a YAML file.
+
+    `precision`, where it is given, takes the place of the recipe's own.
+    """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -208,6 +224,7 @@ def load_recipe(name_or_path: str) -> Recipe:
             raise InvalidRecipe(f"no recipe {name_or_path!r}: shipped are {', '.join(names)}; or give the path of a .yaml file")
         text = (shipped / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
+        recipe = Recipe.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise InvalidRecipe(f"recipe {name_or_path} does not fit: {error}") from error
+    return recipe if precision is None else recipe.model_copy(update={"precision": precision})

@@ -18,8 +18,13 @@ from training.data import load_splits
 from training.lock import only_process
 from training.loop import train_member
 from training.progress import Progress
-from training.recipe import load_recipe
+from training.recipe import add_precision, load_recipe
 from training.refused import TrainingRefused
+
+SLOW = (
+    "this CPU has no bfloat16 units: training in bf16-mixed takes many times as long as in float32 here; "
+    "stop, and give --precision 32-true"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of each process (default: the cores divided by --jobs)")
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     parser.add_argument("--devices", default="auto", help="how many devices, or auto; use torchrun for several GPUs")
+    add_precision(parser)
     parser.add_argument("--line", type=int, default=0, help=argparse.SUPPRESS)  # the terminal line of this process's bar
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; weights end up in `<runs>/<recipe>/<member>.safetensors`. Run again after a kill: it goes on."""
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, args.precision)
     if args.jobs < 1:
         raise TrainingRefused(f"--jobs: expected 1 or more, got {args.jobs}")
     kinds = list(recipe.members) if not args.members else list(dict.fromkeys(args.members))
@@ -58,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         fabric.launch()
     except (RuntimeError, TypeError, ValueError) as error:  # Lightning's, over devices that are not there
         raise TrainingRefused(f"--accelerator {args.accelerator} --devices {args.devices}: {error}") from error
+    if recipe.precision == "bf16-mixed" and fabric.device.type == "cpu" and not has_bfloat16_units() and args.line == 0:
+        print(SLOW, file=sys.stderr)
     splits = load_splits(recipe.data, args.data)
     folder = args.runs / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +79,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies in bfloat16, by the names that x86 and ARM have for it."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def _side_by_side(args: argparse.Namespace, kinds: list[str], threads: int) -> int:
     """Each member in a process of its own, `--jobs` at a time, the longest-waiting first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the children are ended, too
     waiting, running, failed = list(enumerate(kinds)), dict[str, subprocess.Popen[bytes]](), list[str]()
     command = [sys.executable, "-m", "training.cli", "train", args.recipe, "--runs", str(args.runs), "--threads", str(threads)]
     command += ["--accelerator", args.accelerator, "--devices", args.devices] + (["--data", args.data] if args.data else [])
+    command += ["--precision", args.precision] if args.precision else []
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ from models.bundle import read_bundle
 from models.card import CARD_FILE, Card, Deployment, Query, read_card
 from models.composition import EnsembleChoice, compose
 from models.ensemble import decide
-from tests.training.commands import SMOKE, answered, phalanx_train
+from models.manifest import content_version
+from tests.training.commands import ROOT, SMOKE, answered, phalanx_train
 from training.attacks.masks import hears_masks
 from training.data import splits_of
 from training.evaluation.campaign import FLOAT, ROUNDED, Campaign
@@ -51,6 +56,36 @@ def test_what_is_done_is_not_done_again_and_what_a_kill_took_is(built: Path, fol
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     after = load_file(lost)
     assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from training.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of any file: room for what the folder holds, and for no unit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_and_a_kill_lose_nothing_that_was_done(built: Path, tmp_path: Path) -> None:
+    attack = ["attack", str(built), *SMOKE, "--out", str(tmp_path), "--systems", "metric"]
+    ended = subprocess.run([sys.executable, "-c", FULL_DISK, *attack], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "00000-00008.safetensors: cannot be written (File too large); what was done is kept" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.glob("units/*/*/*"))
+
+    with subprocess.Popen([sys.executable, "-m", "training.cli", *attack], cwd=ROOT, stdout=subprocess.DEVNULL) as killed:
+        while not (kept := list(tmp_path.glob("units/*/*/*.safetensors"))) and killed.poll() is None:
+            time.sleep(0.01)
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in kept}
+
+    ended = answered(*attack)
+    assert ended.returncode == 0, ended.stderr
+    assert "metric " in ended.stdout
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
 def test_a_control_that_only_noise_was_tried_on_stands_and_is_reported(campaign: Campaign) -> None:
@@ -260,6 +295,19 @@ def test_a_clumsy_attack_is_answered_in_one_sentence(built: Path, folder: Path, 
     assert ended.returncode != 0
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 255.5])
+def test_a_radius_that_is_none_is_refused(built: Path, tmp_path: Path, epsilon: float) -> None:
+    shutil.copytree(built, copy := tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    manifest["provenance"]["epsilon"] = epsilon
+    manifest["version"] = content_version(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    ended = answered("attack", str(copy), *SMOKE, "--out", str(tmp_path / "out"))
+    assert ended.returncode == 2
+    assert f"expected an epsilon in (0, 255] in its provenance, got {epsilon:g}" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [pytest.param("begun on Monday", id="no JSON"), pytest.param("[1, 2]", id="a list")])

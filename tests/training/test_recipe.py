@@ -20,6 +20,12 @@ def test_every_shipped_recipe_has_the_four_members(name: str) -> None:
     assert [member for member in recipe.members if not recipe.hardened(member)] == ["bayesian"]
 
 
+def test_a_precision_in_place_of_the_recipes_makes_another_training() -> None:
+    as_it_is, changed = load_recipe("smoke"), load_recipe("smoke", "32-true")
+    assert (as_it_is.precision, changed.precision) == ("bf16-mixed", "32-true")
+    assert as_it_is.fingerprint("edge") != changed.fingerprint("edge")
+
+
 def test_an_unknown_recipe_is_answered_with_those_that_ship() -> None:
     with pytest.raises(
         InvalidRecipe,

@@ -84,7 +84,7 @@ def test_weights_of_another_recipe_are_not_exported(tmp_path: Path) -> None:
     train_member(recipe, "metric", splits, tmp_path, fabric, Progress(io.StringIO()))
     assert read_weights(recipe, "metric", splits, tmp_path) == (tmp_path / "metric.safetensors").read_bytes()
     for other in (recipe.model_copy(update={"epsilon": 12.0}), recipe.model_copy(update={"seed": 7})):
-        with pytest.raises(StaleCheckpoint, match="trained by another recipe or on other data"):
+        with pytest.raises(StaleCheckpoint, match="trained by another recipe, in another precision or on other data"):
             read_weights(other, "metric", splits, tmp_path)
     (tmp_path / "metric.safetensors").write_bytes(b"")
     with pytest.raises(StaleCheckpoint, match="is damaged"):
@@ -108,7 +108,7 @@ def test_a_second_trainer_of_the_same_member_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.ckpt", {"fingerprint": "one", "step": 1})
-    with pytest.raises(StaleCheckpoint, match="was written by another recipe or other data"):
+    with pytest.raises(StaleCheckpoint, match="was written by another recipe, precision or data"):
         load_checkpoint(tmp_path / "a.ckpt", "two", torch.device("cpu"))
 
 

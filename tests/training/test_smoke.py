@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from service.pb.phalanx.v1 import defense_ensemble_pb2 as pb
 from tests.service.serving import serving
 from tests.training.commands import answered, phalanx_train
 from training.system import Members, load_networks
+from training.train import SLOW, has_bfloat16_units
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,20 @@ def test_a_clumsy_command_is_answered_in_one_sentence(arguments: list[str], says
     assert ended.returncode != 0
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_precision_may_be_chosen_and_is_not_changed_on_the_way(tmp_path: Path) -> None:
+    train = ("train", "smoke", "--members", "metric", "--runs", str(tmp_path), "--threads", "1")
+    ended = phalanx_train(*train, "--precision", "32-true")
+    assert ended.returncode == 0, ended.stderr
+    assert SLOW not in ended.stderr
+    ended = phalanx_train(*train)
+    assert ended.returncode == 2
+    assert "was written by another recipe, precision or data" in ended.stderr
+    assert (SLOW in ended.stderr) == (not has_bfloat16_units())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what the CPU has")
+def test_what_the_cpu_has_is_what_linux_says() -> None:
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert has_bfloat16_units() == any(unit in cpu for unit in ("avx512_bf16", "amx_bf16", "bf16"))

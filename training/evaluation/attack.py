@@ -94,9 +94,10 @@ def open_campaign(args: argparse.Namespace) -> Campaign:
         torch.set_num_threads(args.threads)
     bundle, chosen = read_bundle(args.bundle), suite(args.suite)
     images = args.images or chosen.images
-    splits, epsilon = splits_of(bundle, args.data), bundle.manifest.provenance.epsilon
+    epsilon = bundle.manifest.provenance.epsilon
     if not 0 < epsilon <= 255:
         raise TrainingRefused(f"{args.bundle}: expected an epsilon in (0, 255] in its provenance, got {epsilon:g}")
+    splits = splits_of(bundle, args.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Campaign(folder_of(args, bundle), bundle, splits, chosen, min(images, len(splits.test)), args.seed, device)
 

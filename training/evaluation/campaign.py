@@ -244,5 +244,9 @@ def claim(path: Path, identity: Mapping[str, object], what: str, refused: type[T
 
 def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all, among processes that may write the same thing at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, data, shared=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data, shared=True)
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}); what was done is kept, run the same command to go on"
+        raise TrainingRefused(message) from error
