@@ -134,7 +134,16 @@ def workers_of(pid: int) -> list[int]:
     for thread in Path(f"/proc/{pid}/task").iterdir():  # each lists those that it started
         with suppress(FileNotFoundError):  # it ended just now
             children += map(int, (thread / "children").read_text().split())
-    return sorted(filter(_is_worker, children))
+    return sorted(filter(_is_worker, children), key=_started)
+
+
+def _started(pid: int) -> int:
+    """Ticks since boot, which go up where process numbers begin again at the lowest; 0 of one that ended just now."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(after_name[19])  # field 22, counted from 1 and after two (proc_pid_stat(5))
 
 
 def _is_worker(pid: int) -> bool:
