@@ -42,7 +42,7 @@ class Process:
     @property
     def cpu_seconds(self) -> float:
         """User and system time of all its threads."""
-        values = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        values = _stat(self.pid)
         return (int(values[11]) + int(values[12])) / TICKS
 
     @property
@@ -57,7 +57,7 @@ class Process:
     @property
     def ended(self) -> bool:
         """Whether this child is a zombie by now."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return _stat(self.pid)[0] == "Z"
 
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
@@ -140,10 +140,14 @@ def workers_of(pid: int) -> list[int]:
 def _started(pid: int) -> int:
     """Ticks since boot, which go up where process numbers begin again at the lowest; 0 of one that ended just now."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(_stat(pid)[19])
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return int(after_name[19])  # field 22, counted from 1 and after two (proc_pid_stat(5))
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux says of a process, from field 3 of proc_pid_stat(5) on, its state: the first two are number and name."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _is_worker(pid: int) -> bool:

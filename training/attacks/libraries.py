@@ -51,7 +51,7 @@ def apgd_lead(problem: Problem, target: Tensor, iterations: int) -> Tensor:
 
     attack = Lead(_channels_first(problem), n_iter=iterations, **_settings(problem))
     attack.loss, attack.y_target = "ce-targeted", target
-    pixels = problem.pixels.permute(0, 3, 1, 2).contiguous() / 255
+    pixels = _as_wanted(problem)
     attack.init_hyperparam(pixels)
     with _own_random_state():
         torch.manual_seed(attack.seed)
@@ -107,9 +107,13 @@ def _channels_first(problem: Problem, change: Callable[[Tensor], Tensor] = lambd
 def _run(problem: Problem, attack) -> Tensor:  # type: ignore[no-untyped-def]
     """Images that are wrong as they are stay so; for the others, what the attack returns, inside the ball to the last bit."""
     with _own_random_state(), contextlib.redirect_stdout(io.StringIO()):
-        found = attack.perturb(problem.pixels.permute(0, 3, 1, 2).contiguous() / 255, problem.labels)
+        found = attack.perturb(_as_wanted(problem), problem.labels)
     found = found[0] if isinstance(found, tuple) else found
     return _in_ball(problem, found)
+
+
+def _as_wanted(problem: Problem) -> Tensor:
+    return problem.pixels.permute(0, 3, 1, 2).contiguous() / 255
 
 
 def _in_ball(problem: Problem, found: Tensor) -> Tensor:
